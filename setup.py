@@ -1,0 +1,24 @@
+"What settings.ini says, told to setuptools."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+settings = ConfigParser(delimiters=["="])
+settings.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
+settings = settings["DEFAULT"]
+
+setup(
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=settings["author"],
+    license=settings["license"].upper(),
+    keywords=settings["keywords"],
+    packages=[settings["lib_name"]],
+    python_requires=f">={settings['min_python']}",
+    install_requires=settings["requirements"].split(),
+    extras_require={"dev": settings["dev_requirements"].split()},
+)
