@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUPS', 'HeadOutputs', 'flatten_levels', 'tower', 'FCOSHead']
 
-# %% ../nbs/03_head.ipynb #e920d005
+# %% ../nbs/03_head.ipynb #f886958f
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .targets import STRIDES
 
-# %% ../nbs/03_head.ipynb #074395cc
+# %% ../nbs/03_head.ipynb #9befc09d
 class HeadOutputs(NamedTuple):
     "What the head says, level by level, finest first."
 
@@ -31,7 +31,7 @@ def flatten_levels(
     "All levels behind one another, in the order of `msad.targets.make_locations`."
     return torch.cat([level.flatten(2) for level in levels], dim=2).transpose(1, 2)
 
-# %% ../nbs/03_head.ipynb #f90ca1a3
+# %% ../nbs/03_head.ipynb #690b8a51
 GROUPS = 32
 
 
@@ -58,7 +58,7 @@ class FCOSHead(nn.Module):
     ):
         super().__init__()
         if channels <= 0 or channels % GROUPS:
-            raise ValueError(f"neck_channels is {channels}: choose a multiple of {GROUPS} (the head's GroupNorm needs it)")
+            raise ValueError(f"neck_channels is {channels}: choose a multiple of {GROUPS}, as the head's GroupNorm needs")
         self.cls_tower, self.bbox_tower = tower(channels, num_convs), tower(channels, num_convs)
         self.cls_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(channels, 4, 3, padding=1, bias=False)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEVELS', 'FPN']
 
-# %% ../nbs/01_neck.ipynb #dad8364e
+# %% ../nbs/01_neck.ipynb #50130b68
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -13,23 +13,24 @@ from torch import Tensor, nn
 
 LEVELS = (2, 3, 4, 5, 6, 7)
 
-# %% ../nbs/01_neck.ipynb #4c1b5ba7
+# %% ../nbs/01_neck.ipynb #ca95a398
 class FPN(nn.Module):
     """Feature pyramid on C2..C5: 1×1 lateral, nearest ×2 top-down sum, 3×3 output; P6 and P7 by strided convolution.
 
-    P6 is a convolution of C5 and P7 one of ReLU(P6), as in FCOS. All weights start Kaiming-uniform (a = 1), biases at 0.
+    P6 is a convolution of C5 and P7 one of ReLU(P6), as in FCOS. Weights start Kaiming-uniform (a = 1), biases at 0.
     """
 
     def __init__(
         self,
         in_channels: Sequence[int],  # channels of C2..C5
         out_channels: int = 256,  # channels of every level
+        top_level: int = 7,  # 6 for a neck that is never asked for P7
     ):
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in in_channels)
         self.output = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
         self.p6 = nn.Conv2d(in_channels[-1], out_channels, 3, stride=2, padding=1)
-        self.p7 = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
+        if top_level >= 7: self.p7 = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
         self.out_channels = out_channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

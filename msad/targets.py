@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRIDES', 'RANGES', 'RADIUS', 'Locations', 'make_locations', 'Targets', 'assign']
 
-# %% ../nbs/02_targets.ipynb #debc1271
+# %% ../nbs/02_targets.ipynb #7cfd1239
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ STRIDES = (8, 16, 32, 64, 128)
 RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8))
 RADIUS = 1.5
 
-# %% ../nbs/02_targets.ipynb #9bde0ef1
+# %% ../nbs/02_targets.ipynb #e7b51a01
 class Locations(NamedTuple):
     "The locations of all levels, one level behind the other (L in all)."
 
@@ -42,7 +42,7 @@ def make_locations(
     counts = tuple(len(p) for p in points)
     return Locations(torch.cat(points).float(), torch.cat(strides).float(), torch.cat(ranges), counts)
 
-# %% ../nbs/02_targets.ipynb #834b6a2d
+# %% ../nbs/02_targets.ipynb #180fdb01
 class Targets(NamedTuple):
     "What each location of each image should say."
 
@@ -58,7 +58,7 @@ class Targets(NamedTuple):
 
 def assign(
     locations: Locations,
-    targets: Sequence[dict[str, Tensor]],  # for each image `boxes` (M×4, xyxy, pixels of the high view) and `labels` (M)
+    targets: Sequence[dict[str, Tensor]],  # `boxes` (M×4, xyxy, pixels of the high view), `labels` (M)
 ) -> Targets:
     "FCOS's targets with centre sampling (Tian et al., ICCV 2019; centre region of 1.5 strides)."
     device = locations.points.device
