@@ -8,7 +8,7 @@ __all__ = ['FIELDS', 'check_annotations', 'index_annotations', 'read_json', 'rea
            'EvalTransform', 'EvalImages', 'TrainSampler', 'collate', 'train_loader', 'eval_loader', 'DataSummary',
            'check_data']
 
-# %% ../nbs/10_data.ipynb #73e40913
+# %% ../nbs/10_data.ipynb #7b529443
 import contextlib
 import io
 import itertools
@@ -38,7 +38,7 @@ FIELDS = {
     "categories": ("id", "name"),
 }
 
-# %% ../nbs/10_data.ipynb #ef93b327
+# %% ../nbs/10_data.ipynb #96208691
 def check_annotations(
     dataset: dict,  # what the JSON file holds
     name: str,  # how to call it in an error: the path of the file
@@ -107,7 +107,7 @@ def _check_values(dataset: dict, name: str, image_fields: tuple[str, ...]) -> No
             crowd = annotation["iscrowd"]
             raise ValueError(f"{name}: annotation {annotation['id']} has 'iscrowd' {crowd!r}: write 0 or 1.")
 
-# %% ../nbs/10_data.ipynb #d23b663f
+# %% ../nbs/10_data.ipynb #e41328f0
 def index_annotations(
     dataset: dict,  # a checked COCO data set
 ) -> COCO:
@@ -118,15 +118,23 @@ def index_annotations(
     return coco
 
 
+def _without_duplicates(pairs: list[tuple]) -> dict:
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the key '{twice}' more than once")
+    return entry
+
+
 def read_json(
     path: str | os.PathLike,  # file
 ):
-    "What a JSON file holds. Raises FileNotFoundError, or ValueError if it is no JSON."
+    "What a JSON file holds. Raises FileNotFoundError, or ValueError if it is no JSON or has a key twice in one object."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path} does not exist: check the path or put the file there.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except ValueError as error:  # of the text, the JSON or the keys
         raise ValueError(f"{path} is not valid JSON ({error}): copy or export the file again.") from error
 
 
@@ -148,7 +156,7 @@ def class_names(
     count = Counter(str(category["name"]) for category in categories)
     return [f"{c['name']} (id {c['id']})" if count[str(c["name"])] > 1 else str(c["name"]) for c in categories]
 
-# %% ../nbs/10_data.ipynb #de7afbd1
+# %% ../nbs/10_data.ipynb #f99dfb06
 def usable_boxes(
     boxes: np.ndarray,  # N×4, x, y, width, height in pixels, as COCO writes them
     sizes: np.ndarray | Sequence[int],  # height and width of the image, or N×2 of each box's image
@@ -164,7 +172,7 @@ def usable_boxes(
         usable = np.isfinite([x, y, w, h]).all(axis=0) & (w > 0) & (h > 0) & inside
     return clipped, usable
 
-# %% ../nbs/10_data.ipynb #d0f1c00d
+# %% ../nbs/10_data.ipynb #451e2106
 def read_image(
     path: str | os.PathLike,  # image file of any kind that Pillow reads
 ) -> Image.Image:  # RGB
@@ -189,7 +197,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535: raise ValueError("pixels are not of 8 or 16 bits")
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
-# %% ../nbs/10_data.ipynb #6ba9e87e
+# %% ../nbs/10_data.ipynb #cf5f4231
 class CocoImages(Dataset):
     """Photographs and boxes of `root/SPLIT/` and `root/annotations/instances_SPLIT.json`.
 
@@ -238,6 +246,7 @@ class CocoImages(Dataset):
         index: int,  # position in `image_ids`
     ) -> tuple[Image.Image, dict]:  # image and target
         "Decode image number `index`. Raises ValueError if it does not decode."
+        index = range(len(self))[index]  # counts negative ones from the end
         image = read_image(self.paths[index])
         mine = slice(self.first[index], self.first[index + 1])
         boxes, usable = usable_boxes(self.boxes[mine], (image.height, image.width))
@@ -250,7 +259,7 @@ class CocoImages(Dataset):
             "size": (image.height, image.width),
         }
 
-# %% ../nbs/10_data.ipynb #a706c168
+# %% ../nbs/10_data.ipynb #409e8584
 def resized_size(
     height: int,  # of the image, pixels
     width: int,  # of the image, pixels
@@ -260,11 +269,12 @@ def resized_size(
     "Size of a resized image: short side as asked, unless the long one would exceed its limit; rounded by int(x + 0.5)."
     scale = short_side / min(height, width)
     new_height, new_width = (short_side, scale * width) if height < width else (scale * height, short_side)
-    longest = max(new_height, new_width)
-    if longest > max_side: new_height, new_width = new_height * max_side / longest, new_width * max_side / longest
+    if max(new_height, new_width) > max_side:
+        scale = max_side / max(new_height, new_width)
+        new_height, new_width = new_height * scale, new_width * scale
     return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
 
-# %% ../nbs/10_data.ipynb #d83f2ebe
+# %% ../nbs/10_data.ipynb #73a102dc
 def _resize(
     image: Image.Image, boxes: tv_tensors.BoundingBoxes, size: tuple[int, int]
 ) -> tuple[tv_tensors.Image, tv_tensors.BoundingBoxes]:
@@ -322,7 +332,7 @@ class TrainTransform:
             "size": target["size"],
         }
 
-# %% ../nbs/10_data.ipynb #8ff33208
+# %% ../nbs/10_data.ipynb #de5ecf74
 class TrainImages(Dataset):
     "Training samples: `CocoImages` seen through a `TrainTransform`, indexed by (epoch, image number)."
 
@@ -348,7 +358,7 @@ def training_indices(
     "The images to learn from: those with a box that is no crowd."
     return np.unique(images.owner[~images.iscrowd]).tolist()
 
-# %% ../nbs/10_data.ipynb #a0f70ddb
+# %% ../nbs/10_data.ipynb #41528693
 class EvalTransform:
     "Resize image (to C×H×W uint8) and boxes; all else in the target stays, `size` (of the file) included."
 
@@ -387,7 +397,7 @@ class EvalImages(Dataset):
         "Image number `index` at its size for evaluation."
         return self.transform(*self.images[index])
 
-# %% ../nbs/10_data.ipynb #52bfd432
+# %% ../nbs/10_data.ipynb #76045a89
 class TrainSampler:
     """Endless batches of (epoch, index) pairs; each pair comes exactly once, a batch has one orientation.
 
@@ -422,7 +432,7 @@ class TrainSampler:
                     yield bucket.copy()
                     bucket.clear()
 
-# %% ../nbs/10_data.ipynb #d0d54a1f
+# %% ../nbs/10_data.ipynb #a4f38861
 def collate(
     samples: list[tuple[Tensor, dict]],  # of `TrainImages` or `EvalImages`
 ) -> tuple[list[Tensor], list[dict]]:  # images (C×H×W uint8) and targets
@@ -470,7 +480,7 @@ def eval_loader(
         persistent_workers=workers > 0,
     )
 
-# %% ../nbs/10_data.ipynb #5184d489
+# %% ../nbs/10_data.ipynb #8057da01
 @dataclass(repr=False)
 class DataSummary:
     "What a data set holds; printing it gives a few lines of text."
@@ -495,8 +505,8 @@ class DataSummary:
         lines = [
             f"{self.name}: {self.images:,} images, {low_h} to {high_h} pixels high, {low_w} to {high_w} wide",
             f"{self.boxes:,} boxes in {self.classes} {'class' if self.classes == 1 else 'classes'}: {most}",
-            f"{self.dropped:,} unusable boxes dropped, {self.clipped:,} clipped to the image, {self.crowd:,} crowd boxes",
-            f"{self.empty:,} images without a box",
+            f"unusable boxes dropped: {self.dropped:,}, clipped to the image: {self.clipped:,}",
+            f"crowd boxes: {self.crowd:,}, images without a box to learn from: {self.empty:,}",
         ]
         return "\n".join(lines)
 
@@ -571,7 +581,7 @@ def _check_decoding(images: CocoImages, workers: int) -> None:
         )
     if resized:
         problems.append(
-            f"{len(resized)} of {len(images)} images have another [height, width] than {images.annotation_file} states: "
-            f"{_some(resized)}; correct its 'height' and 'width' or put the right images there."
+            f"{len(resized)} of {len(images)} images have another [height, width] than {images.annotation_file} "
+            f"states: {_some(resized)}; correct its 'height' and 'width' or put the right images there."
         )
     if problems: raise ValueError(" ".join(problems))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUPS', 'HeadOutputs', 'flatten_levels', 'tower', 'FCOSHead']
 
-# %% ../nbs/03_head.ipynb #f886958f
+# %% ../nbs/03_head.ipynb #6a99021f
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .targets import STRIDES
 
-# %% ../nbs/03_head.ipynb #9befc09d
+# %% ../nbs/03_head.ipynb #2f1ec89a
 class HeadOutputs(NamedTuple):
     "What the head says, level by level, finest first."
 
@@ -31,7 +31,7 @@ def flatten_levels(
     "All levels behind one another, in the order of `msad.targets.make_locations`."
     return torch.cat([level.flatten(2) for level in levels], dim=2).transpose(1, 2)
 
-# %% ../nbs/03_head.ipynb #690b8a51
+# %% ../nbs/03_head.ipynb #9024033f
 GROUPS = 32
 
 
@@ -47,7 +47,7 @@ class FCOSHead(nn.Module):
     """FCOS's head (Tian et al., ICCV 2019), with centre-ness beside the box and ReLU'd distances.
 
     Convolutions start normal with deviation 0.01, biases at 0, the class logits' at −log(99). Raises a `ValueError`
-    when `channels` is no multiple of 32.
+    when `channels` is no multiple of 32 from 64 on.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class FCOSHead(nn.Module):
         num_convs: int = 4,  # convolutions in each of the two towers
     ):
         super().__init__()
-        if channels <= 0 or channels % GROUPS:
-            raise ValueError(f"neck_channels is {channels}: choose a multiple of {GROUPS}, as the head's GroupNorm needs")
+        if channels < 2 * GROUPS or channels % GROUPS:
+            raise ValueError(f"neck_channels is {channels}: choose 64, 96, 128 … (the head normalises {GROUPS} groups)")
         self.cls_tower, self.bbox_tower = tower(channels, num_convs), tower(channels, num_convs)
         self.cls_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(channels, 4, 3, padding=1, bias=False)
