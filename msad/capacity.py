@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['HIGH_SIZE', 'LOW_SIZE', 'flops', 'backbone_flops', 'capacity', 'Network', 'detector_flops']
 
-# %% ../nbs/09_capacity.ipynb #f5cd1617
-import logging
+# %% ../nbs/09_capacity.ipynb #a965aa37
 from functools import cache
 
 import torch
@@ -20,16 +19,14 @@ from .detectors import Student, Teacher
 HIGH_SIZE = (800, 1333)
 LOW_SIZE = (400, 667)
 
-# %% ../nbs/09_capacity.ipynb #ddf834e1
+# %% ../nbs/09_capacity.ipynb #31adec7d
 def flops(
     module: nn.Module,
     *inputs: Tensor,
 ) -> float:
     "Multiply-adds of `module` on these inputs, counted by fvcore."
     analysis = FlopCountAnalysis(module.eval(), inputs)
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    level, logger = logging.CRITICAL, logging.getLogger("fvcore.nn.jit_analysis")
-    logger.setLevel(level)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     return float(analysis.total())
 
 
@@ -52,7 +49,7 @@ def capacity(
     if role == "teacher": cost += backbone_flops(width, HIGH_SIZE)
     return cost / backbone_flops(1.0, HIGH_SIZE)
 
-# %% ../nbs/09_capacity.ipynb #effae045
+# %% ../nbs/09_capacity.ipynb #e2c0ae9a
 class Network(nn.Module):
     "What of a detector runs on every image: from the padded high view to the outputs of the head."
 

@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'BLOCKS', 'write_atomically', 'save_model', 'slimmable_name
            'published_config', 'Checkpoint', 'read_file', 'read_checkpoint', 'narrow', 'cut_state', 'restore',
            'load_model', 'load_original', 'load_weights']
 
-# %% ../nbs/08_checkpoint.ipynb #7062e763
+# %% ../nbs/08_checkpoint.ipynb #7e4aa264
 import os
 import pickle
 import re
@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
-from .backbone import WIDTHS, ResNet50, cut
+from .backbone import ResNet50, cut
 from .detectors import CAFFE, IMAGENET, Distillation, ModelConfig, Normalization, Student, Teacher, build_model
 
 FORMAT = "msad 1"
 
-# %% ../nbs/08_checkpoint.ipynb #be131e81
+# %% ../nbs/08_checkpoint.ipynb #c040f3d5
 def write_atomically(
     path: str | Path,  # the file to be; its folder is made if it is missing
     write: Callable[[IO[bytes]], object],  # writes the content to an open binary file
@@ -55,7 +55,7 @@ def save_model(
     contents = {"format": FORMAT, "config": model.config.to_dict(), "model": model.state_dict()}
     write_atomically(path, lambda file: torch.save(contents, file))
 
-# %% ../nbs/08_checkpoint.ipynb #62ec6f40
+# %% ../nbs/08_checkpoint.ipynb #61193b40
 BLOCKS = [f"stages.{stage}.{block}" for stage, depth in enumerate((3, 4, 6, 3)) for block in range(depth)]
 
 
@@ -88,7 +88,7 @@ def published_part(
     others["head.scales"] = torch.cat([state[f"{prefix}_fcos_head.scales.{level}.scale"] for level in range(5)])
     return backbone, others
 
-# %% ../nbs/08_checkpoint.ipynb #59eca2a5
+# %% ../nbs/08_checkpoint.ipynb #ee786fea
 def coco_classes() -> tuple[tuple[str, ...], tuple[int, ...]]:
     "COCO's 80 class names and their category ids, in the order of the labels."
     names = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
@@ -115,7 +115,7 @@ def published_config(state: dict[str, Tensor]) -> ModelConfig:
         normalization=CAFFE,
     )
 
-# %% ../nbs/08_checkpoint.ipynb #f87c1a8a
+# %% ../nbs/08_checkpoint.ipynb #faf77046
 @dataclass(frozen=True)
 class Checkpoint:
     "What a file of weights holds, under this library's names."
@@ -165,7 +165,8 @@ def read_checkpoint(
     try:
         if "format" in contents:
             if contents["format"] != FORMAT:
-                raise ValueError(f"{parameter}: {path} has the format {contents['format']!r}; this version reads {FORMAT!r}")
+                theirs = contents["format"]
+                raise ValueError(f"{parameter}: {path} has the format {theirs!r}; this version reads {FORMAT!r}")
             return Checkpoint(path, "msad", ModelConfig.from_dict(contents["config"]), state)
         if any(name.startswith("module.features.") for name in state):
             features = {name.removeprefix("module."): v for name, v in state.items() if ".features." in name}
@@ -178,7 +179,9 @@ def read_checkpoint(
             student = {name: value for name, value in student.items() if not name.startswith("neck.p7.")}
             return Checkpoint(path, "published student", config, student, teacher)
     except (KeyError, AttributeError, RuntimeError, IndexError, TypeError) as error:
-        raise ValueError(f"{parameter}: {path} lacks weights of its kind or has some of another shape ({error})") from None
+        raise ValueError(
+            f"{parameter}: {path} lacks weights of its kind or has some of another shape ({error}); get the file once more"
+        ) from None
     raise ValueError(
         f"{parameter}: {path} holds weights of an unknown kind (the first is {next(iter(state), 'none')!r}); give a "
         "checkpoint of this library, a published teacher or student, or slimmable ImageNet weights"
@@ -197,7 +200,7 @@ def cut_state(backbone: dict[str, Tensor], width: float) -> dict[str, Tensor]:
     slimmable.load_state_dict(backbone, assign=True)
     return cut(slimmable, width).state_dict()
 
-# %% ../nbs/08_checkpoint.ipynb #506269fa
+# %% ../nbs/08_checkpoint.ipynb #904bbb6b
 def restore(checkpoint: Checkpoint, config: ModelConfig, state: dict[str, Tensor], parameter: str) -> Teacher | Student:
     "The model that `config` describes, with the weights `state`, in evaluation mode."
     model = build_model(config)
@@ -217,7 +220,7 @@ def load_model(
     "The detector of a file in evaluation mode, with its `config`. Raises `FileNotFoundError` or `ValueError`."
     checkpoint = read_checkpoint(path, parameter)
     if checkpoint.config is None:
-        raise ValueError(f"{parameter}: {checkpoint.path} holds a slimmable backbone, not a detector; give it as `weights`")
+        raise ValueError(f"{parameter}: {checkpoint.path} holds a backbone, not a detector; give it as `weights`")
     if role and checkpoint.config.role != role:
         raise ValueError(f"{parameter}: {checkpoint.path} holds a {checkpoint.config.role}; give the file of a {role}")
     return restore(checkpoint, checkpoint.config, checkpoint.state, parameter)
@@ -239,7 +242,7 @@ def load_original(
     teacher = restore(checkpoint, teacher_config, checkpoint.teacher_state, "path")
     return Distillation(model, teacher).eval()
 
-# %% ../nbs/08_checkpoint.ipynb #cd8fd336
+# %% ../nbs/08_checkpoint.ipynb #5208c1ad
 def load_weights(
     model: Teacher | Student,
     checkpoint: Checkpoint,
@@ -254,7 +257,9 @@ def load_weights(
         for name in ("width", "neck_channels", "head_convs"):
             theirs, ours = getattr(checkpoint.config, name), getattr(model.config, name)
             if theirs != ours:
-                raise ValueError(f"{parameter}: {checkpoint.path} has {name} {theirs}, the model {ours}; set {name} to {theirs}")
+                raise ValueError(
+                    f"{parameter}: {checkpoint.path} has {name} {theirs} and the model {ours}; set {name} to {theirs}"
+                )
         if checkpoint.config.class_names != model.config.class_names:
             state = {name: value for name, value in state.items() if not name.startswith("head.cls_logits.")}
     taken = {name: value for name, value in state.items() if name in fresh}

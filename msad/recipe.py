@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'TREES', 'Recipe', 'lr_at', 'distillation_weight_at', 'make_optimizer', 'adapt']
 
-# %% ../nbs/12_recipe.ipynb #ac19775c
+# %% ../nbs/12_recipe.ipynb #852819e6
 import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from .detectors import ROLES
-
-# %% ../nbs/12_recipe.ipynb #fecdd306
+# %% ../nbs/12_recipe.ipynb #cac95dd3
 @dataclass(frozen=True)
 class Recipe:
     "How to train. Raises a `ValueError` that names the field when a value makes no sense."
@@ -76,7 +74,7 @@ def make_optimizer(
     if recipe.optimizer == "sgd": return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=recipe.lr)
 
-# %% ../nbs/12_recipe.ipynb #3a93fc4c
+# %% ../nbs/12_recipe.ipynb #23fc987d
 PUBLISHED = {
     ("teacher", 0.25): Recipe(90_000, 16, 0.01, drops=(60_000, 80_000)),
     ("teacher", 0.5): Recipe(180_000, 8, 0.01, drops=(120_000, 160_000)),
@@ -88,13 +86,13 @@ PUBLISHED = {
     ("student", 1.0): Recipe(90_000, 16, 0.01, drops=(60_000, 80_000)),
 }
 
-# %% ../nbs/12_recipe.ipynb #e3cc0570
+# %% ../nbs/12_recipe.ipynb #5ccd9db8
 TREES = {
     "teacher": Recipe(1000, 8, 2e-3, "adamw", "cosine", warmup=100, weight_decay=0.05, flips="all"),
     "student": Recipe(500, 8, 1e-3, "adamw", "cosine", (), 50, 150, weight_decay=0.05, flips="all"),
 }
 
-# %% ../nbs/12_recipe.ipynb #0555c7db
+# %% ../nbs/12_recipe.ipynb #7ea868ba
 def adapt(
     recipe: Recipe,
     iterations: int | None = None,  # none: the recipe's

@@ -1,0 +1,46 @@
+# The commands of the README. `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS := runs/trees
+# Kernel output goes to the terminal as it comes, progress bars included.
+PAPERMILL := $(BIN)/papermill --no-progress-bar --stdout-file - --stderr-file -
+
+.PHONY: help install demo test lab lint clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/:/'
+
+install: .venv/installed  ## make .venv and install everything that notebooks and tests need
+
+.venv/installed: settings.ini setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(RUNS)/analysis/summary.txt  ## train teacher and student on the bundled photographs and compare them (minutes)
+	@cat $<
+
+$(RUNS)/analysis/summary.txt: | install
+	@mkdir -p $(RUNS)
+	@echo "1 of 4: the teacher"
+	@$(PAPERMILL) nbs/train_teacher.ipynb $(RUNS)/train_teacher.ipynb
+	@echo "2 of 4: the student"
+	@$(PAPERMILL) nbs/train_student.ipynb $(RUNS)/train_student.ipynb
+	@echo "3 of 4: evaluation of the student's file, on its own"
+	@$(PAPERMILL) nbs/evaluate.ipynb $(RUNS)/evaluate.ipynb
+	@echo "4 of 4: analysis"
+	@$(BIN)/papermill --no-progress-bar nbs/analysis.ipynb $(RUNS)/analysis.ipynb
+
+test: install lint  ## everything: package and notebooks agree, notebooks are clean and run, tests pass
+	$(BIN)/python tests/check_notebooks.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
+	$(BIN)/pytest -q --durations 10 tests
+
+lint: install  ## ruff over package, tests and notebooks
+	$(BIN)/ruff check .
+
+lab: install  ## JupyterLab, at the table of contents
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+clean:  ## remove the environment and what was built (never the runs)
+	rm -rf .venv build dist *.egg-info

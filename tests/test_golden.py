@@ -1,0 +1,251 @@
+"""The published implementation's numbers, recorded in golden/, against ours: from files to detections and gradients.
+
+`golden/golden.py` says what was recorded and how closely float32 agrees; a case is rebuilt from names and seeds.
+"""
+
+import copy
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden.golden import load_case, sampled
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from msad.alignment import HIGH_LEVELS, low_view
+from msad.checkpoint import load_original, slimmable_name
+from msad.detectors import CAFFE, Distillation, Teacher
+from msad.neck import LEVELS
+
+FOLDER = Path(__file__).parent / "golden" / "cases"
+STUDENTS = ("student_w0.25", "student_w0.50_dense", "student_w1.00")
+CASES = (*STUDENTS, "teacher_w0.25", "teacher_w0.50")
+RELATIVE = 1e-3
+SCORE_FLOOR = 1e-5
+
+
+@dataclass
+class Case:
+    "A recorded case and our model of it."
+
+    role: str
+    width: float
+    images: list[Tensor]  # RGB 3×H×W, uint8
+    targets: list[dict[str, Tensor]]
+    expected: dict[str, np.ndarray]
+    model: Teacher | Distillation  # in evaluation mode; tests leave it as it is
+
+    @property
+    def teacher(self) -> Teacher:
+        return self.model.teacher if isinstance(self.model, Distillation) else self.model
+
+    @cached_property
+    def batch(self) -> Tensor:
+        "The network's input for image 0 alone, the high view."
+        return self.teacher.transform(self.images[:1])
+
+    @cached_property
+    def computed(self) -> dict[str, Tensor]:
+        "What the networks make of image 0 alone, under the recorded names."
+        inputs = {"high": self.batch, "low": low_view(self.batch)}
+        tensors = {f"{view}_input": pixels for view, pixels in inputs.items()}
+        with torch.no_grad():
+            for view, pixels in inputs.items():
+                pyramid = self.teacher.neck(self.teacher.backbone(pixels))
+                tensors |= {f"teacher_{view}/p{level}": x for level, x in zip(LEVELS, pyramid, strict=True)}
+            views = self.teacher.views(self.batch)
+            for level, fused, scores in zip(HIGH_LEVELS, views.fused, views.scores, strict=True):
+                tensors |= {f"fused/p{level}": fused, f"fusion_score/p{level}": scores}
+            if self.role == "teacher": outputs = self.model.head(views.fused)
+            else: outputs = self.model.student.head(self.model.student.pyramid(inputs["low"]))
+        for kind, levels in zip(("cls", "box", "ctr"), outputs, strict=True):
+            tensors |= {f"head/{kind}/{i}": x for i, x in enumerate(levels)}
+        return tensors
+
+    @cached_property
+    def detections(self) -> list[dict[str, Tensor]]:
+        "Detections of each image alone."
+        with torch.no_grad(): return [self.model([image])[0] for image in self.images]
+
+    @cached_property
+    def training(self) -> tuple[dict[str, float], dict[str, float]]:
+        "The losses of all images as one batch in training mode, and the gradient norms of their sum by parameter."
+        model = copy.deepcopy(self.model).train()
+        losses = model(self.images, self.targets)
+        sum(losses.values()).backward()
+        learner = model if self.role == "teacher" else model.student
+        norms = {name: p.grad.norm().item() for name, p in learner.named_parameters()}
+        norms |= {f"head.scales.{i}": x.abs().item() for i, x in enumerate(learner.head.scales.grad)}
+        return {name: loss.item() for name, loss in losses.items()}, norms
+
+    def recorded(self, kind: str) -> dict[str, float]:
+        "The recorded numbers whose names begin with `kind`/, without it."
+        return {name.removeprefix(f"{kind}/"): x for name, x in self.expected.items() if name.startswith(f"{kind}/")}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory) -> Case:
+    path = FOLDER / request.param
+    meta = json.loads(path.with_name(f"{path.name}.json").read_text())
+    state, images, targets, expected = load_case(str(path))
+    file = tmp_path_factory.mktemp("published") / "model_final.pth"
+    torch.save({"model": state}, file)
+    del state
+    model = load_original(file)
+    file.unlink()
+    return Case(
+        role=meta["role"],
+        width=meta["width"],
+        images=[torch.from_numpy(image).permute(2, 0, 1) for image in images],
+        targets=[{"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)} for boxes, labels in targets],
+        expected=expected,
+        model=model,
+    )
+
+
+def off(actual, expected, floor: float = 0.0) -> float:
+    "The largest difference as a fraction of what is allowed: of each expected value or, if that is more, `floor`."
+    actual, expected = np.asarray(actual, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    assert actual.shape == expected.shape and np.isfinite(actual).all()
+    return float((np.abs(actual - expected) / np.maximum(RELATIVE * np.abs(expected), floor)).max())
+
+
+def check_tensor(case: Case, name: str) -> None:
+    "Shape, mean of absolute values and the sampled values of the tensor `name` are the recorded ones."
+    actual = case.computed[name].numpy()
+    assert actual.shape == tuple(case.expected[f"{name}/shape"])
+    mean = float(case.expected[f"{name}/absmean"])
+    assert off(np.abs(actual).mean(dtype=np.float64), mean) <= 1
+    assert off(sampled(actual), case.expected[f"{name}/values"], floor=RELATIVE * mean) <= 1
+
+
+def our_name(name: str) -> str:
+    "What we call the published parameter `name`."
+    network, rest = name.split(".", 1)
+    if network == "SE": return rest.replace("fc.", "fusion.score.")
+    if network.endswith("_fcos_head"): return "head." + rest.replace("ctrness", "centerness").removesuffix(".scale")
+    if rest.startswith("bottom_up."): return "backbone." + slimmable_name(rest.removeprefix("bottom_up."))
+    if rest.startswith("top_block."): return rest.replace("top_block", "neck")
+    kind, level, kept = re.fullmatch(r"fpn_(lateral|output)(\d)\.(.+)", rest).groups()
+    return f"neck.{kind}.{int(level) - 2}.{kept}"
+
+
+def matched(found: dict[str, Tensor], expected: dict[str, Tensor]) -> int:
+    "How many detections pair up one to one: same label, IoU above 0.99 and scores no more than 1e-3 apart."
+    fits = (box_iou(found["boxes"], expected["boxes"]) > 0.99) & (found["labels"][:, None] == expected["labels"])
+    fits &= (found["scores"][:, None] - expected["scores"]).abs() <= 1e-3
+    free = torch.ones(len(expected["scores"]), dtype=torch.bool)
+    for row in fits:
+        partners = (row & free).nonzero()
+        if len(partners): free[partners[0]] = False
+    return int((~free).sum())
+
+
+def assert_same_detections(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    "At least 99 % of either side have a partner on the other."
+    assert matched(found, expected) >= 0.99 * max(len(found["scores"]), len(expected["scores"]))
+
+
+def test_the_file_tells_role_and_width(case):
+    config = case.teacher.config if case.role == "teacher" else case.model.student.config
+    assert isinstance(case.model, Teacher if case.role == "teacher" else Distillation)
+    assert (config.role, config.width) == (case.role, case.width)
+    assert (case.teacher.config.role, case.teacher.config.width) == ("teacher", case.width)
+    assert len(config.class_names) == 80 and config.category_ids[-1] == 90
+    assert config.normalization == CAFFE and config.pad == 256
+    assert not case.model.training
+
+
+@pytest.mark.parametrize("view", ("high", "low"))
+def test_input(case, view):
+    check_tensor(case, f"{view}_input")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("view", ("high", "low"))
+def test_teacher_pyramid(case, view, level):
+    check_tensor(case, f"teacher_{view}/p{level}")
+
+
+@pytest.mark.parametrize("level", HIGH_LEVELS)
+def test_fusion_scores(case, level):
+    name = f"fusion_score/p{level}"
+    assert off(case.computed[name][0].numpy(), case.expected[name], floor=SCORE_FLOOR) <= 1
+
+
+@pytest.mark.parametrize("level", HIGH_LEVELS)
+def test_fused_features(case, level):
+    check_tensor(case, f"fused/p{level}")
+
+
+@pytest.mark.parametrize("level", range(5))
+@pytest.mark.parametrize("kind", ("cls", "box", "ctr"))
+def test_head_output(case, kind, level):
+    check_tensor(case, f"head/{kind}/{level}")
+
+
+def test_every_recorded_tensor_is_checked(case):
+    recorded = {name.removesuffix("/shape") for name in case.expected if name.endswith("/shape")}
+    recorded |= {name for name in case.expected if name.startswith("fusion_score/")}
+    assert recorded == set(case.computed)
+
+
+def test_losses_have_the_recorded_names(case):
+    assert set(case.training[0]) == set(case.recorded("loss"))
+
+
+def test_losses(case):
+    losses, _ = case.training
+    assert {name: off(losses[name], x) for name, x in case.recorded("loss").items() if off(losses[name], x) > 1} == {}
+
+
+def test_gradient_norms(case):
+    _, norms = case.training
+    recorded = case.recorded("grad")
+    floor = RELATIVE * max(map(float, recorded.values()))
+    fractions = {name: off(norms[our_name(name)], x, floor) for name, x in recorded.items()}
+    assert {name: fraction for name, fraction in fractions.items() if fraction > 1} == {}
+
+
+@pytest.mark.parametrize("i", range(2))
+def test_detections_of_an_image_alone(case, i):
+    expected = {kind: torch.from_numpy(case.expected[f"det/{i}/{kind}"]) for kind in ("boxes", "scores", "labels")}
+    assert_same_detections(case.detections[i], expected)
+
+
+def test_detections_of_both_images_in_one_call(case):
+    with torch.no_grad(): together = case.model(case.images)
+    for found, alone in zip(together, case.detections, strict=True): assert_same_detections(found, alone)
+
+
+def test_float_images_give_what_uint8_images_give(case):
+    with torch.no_grad(): found = case.model([case.images[0].float() / 255])[0]
+    torch.testing.assert_close(case.teacher.transform([case.images[0].float() / 255]), case.batch)
+    assert_same_detections(found, case.detections[0])
+
+
+@pytest.mark.parametrize("case", STUDENTS, indirect=True)
+def test_a_low_view_gives_half_of_the_boxes(case):
+    for image, high in zip(case.images, case.detections, strict=True):
+        assert image.shape[1] % 2 == image.shape[2] % 2 == 0
+        with torch.no_grad(): low = case.model.student([low_view(image)], view="low")[0]
+        torch.testing.assert_close(low["boxes"] * 2, high["boxes"])
+        torch.testing.assert_close(low["scores"], high["scores"])
+        assert torch.equal(low["labels"], high["labels"])
+
+
+@pytest.mark.parametrize("case", STUDENTS, indirect=True)
+def test_detecting_leaves_the_teacher_alone(case):
+    calls = []
+    modules = list(case.model.teacher.modules())
+    hooks = [m.register_forward_hook(lambda module, *_: calls.append(module)) for m in modules]
+    with torch.no_grad(): case.model(case.images[:1])
+    assert calls == []
+    with torch.no_grad(): case.model.teacher(case.images[:1])
+    assert case.model.teacher.backbone in calls
+    for hook in hooks: hook.remove()
