@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HIGH_SIZE', 'LOW_SIZE', 'flops', 'backbone_flops', 'capacity', 'Network', 'detector_flops']
 
-# %% ../nbs/09_capacity.ipynb #a965aa37
+# %% ../nbs/09_capacity.ipynb #4257c3e4
 from functools import cache
 
 import torch
@@ -19,15 +19,15 @@ from .detectors import Student, Teacher
 HIGH_SIZE = (800, 1333)
 LOW_SIZE = (400, 667)
 
-# %% ../nbs/09_capacity.ipynb #31adec7d
+# %% ../nbs/09_capacity.ipynb #3c83b3a9
 def flops(
     module: nn.Module,
     *inputs: Tensor,
 ) -> float:
-    "Multiply-adds of `module` on these inputs, counted by fvcore."
+    "Multiply-adds of `module` on these inputs, counted by fvcore; without BatchNorm, which convolutions can absorb."
     analysis = FlopCountAnalysis(module.eval(), inputs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-    return float(analysis.total())
+    return float(sum(count for operator, count in analysis.by_operator().items() if operator != "batch_norm"))
 
 
 @cache
@@ -49,7 +49,7 @@ def capacity(
     if role == "teacher": cost += backbone_flops(width, HIGH_SIZE)
     return cost / backbone_flops(1.0, HIGH_SIZE)
 
-# %% ../nbs/09_capacity.ipynb #e2c0ae9a
+# %% ../nbs/09_capacity.ipynb #bf6c5225
 class Network(nn.Module):
     "What of a detector runs on every image: from the padded high view to the outputs of the head."
 

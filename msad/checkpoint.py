@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'BLOCKS', 'write_atomically', 'save_model', 'slimmable_name', 'published_part', 'coco_classes',
-           'published_config', 'Checkpoint', 'read_file', 'read_checkpoint', 'narrow', 'cut_state', 'restore',
+           'published_config', 'Checkpoint', 'reason', 'read_file', 'read_checkpoint', 'narrow', 'cut_state', 'restore',
            'load_model', 'load_original', 'load_weights']
 
-# %% ../nbs/08_checkpoint.ipynb #7e4aa264
+# %% ../nbs/08_checkpoint.ipynb #63493f93
 import os
 import pickle
 import re
@@ -26,7 +26,7 @@ from .detectors import CAFFE, IMAGENET, Distillation, ModelConfig, Normalization
 
 FORMAT = "msad 1"
 
-# %% ../nbs/08_checkpoint.ipynb #c040f3d5
+# %% ../nbs/08_checkpoint.ipynb #5821f745
 def write_atomically(
     path: str | Path,  # the file to be; its folder is made if it is missing
     write: Callable[[IO[bytes]], object],  # writes the content to an open binary file
@@ -55,7 +55,7 @@ def save_model(
     contents = {"format": FORMAT, "config": model.config.to_dict(), "model": model.state_dict()}
     write_atomically(path, lambda file: torch.save(contents, file))
 
-# %% ../nbs/08_checkpoint.ipynb #61193b40
+# %% ../nbs/08_checkpoint.ipynb #4cc889a3
 BLOCKS = [f"stages.{stage}.{block}" for stage, depth in enumerate((3, 4, 6, 3)) for block in range(depth)]
 
 
@@ -88,7 +88,7 @@ def published_part(
     others["head.scales"] = torch.cat([state[f"{prefix}_fcos_head.scales.{level}.scale"] for level in range(5)])
     return backbone, others
 
-# %% ../nbs/08_checkpoint.ipynb #ee786fea
+# %% ../nbs/08_checkpoint.ipynb #6a04e35b
 def coco_classes() -> tuple[tuple[str, ...], tuple[int, ...]]:
     "COCO's 80 class names and their category ids, in the order of the labels."
     names = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
@@ -115,7 +115,7 @@ def published_config(state: dict[str, Tensor]) -> ModelConfig:
         normalization=CAFFE,
     )
 
-# %% ../nbs/08_checkpoint.ipynb #faf77046
+# %% ../nbs/08_checkpoint.ipynb #b3415ac4
 @dataclass(frozen=True)
 class Checkpoint:
     "What a file of weights holds, under this library's names."
@@ -132,6 +132,12 @@ class Checkpoint:
         return self.config.normalization if self.config else IMAGENET
 
 
+def reason(error: Exception) -> str:
+    "What an error says, in one line; of PyTorch's list of what does not fit, the first."
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[min(1, len(lines) - 1)].strip().rstrip(".")
+
+
 def read_file(path: Path, parameter: str) -> dict:
     "The contents of a file written by `torch.save`, numbers and plain values only."
     if not path.is_file():
@@ -139,7 +145,7 @@ def read_file(path: Path, parameter: str) -> dict:
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
+        if "Unsupported global" in str(error):
             raise ValueError(
                 f"{parameter}: {path} holds Python objects beside its weights, which could run code when loaded; "
                 'save its weights alone, as torch.save({"model": model.state_dict()}, file), and give that file'
@@ -162,11 +168,11 @@ def read_checkpoint(
     if path.is_dir(): path = path / "model_final.pth"
     contents = read_file(path, parameter)
     state = contents["model"]
+    theirs = contents.get("format", FORMAT)
+    if theirs != FORMAT:
+        raise ValueError(f"{parameter}: {path} has the format {theirs!r}; this version reads {FORMAT!r}")
     try:
         if "format" in contents:
-            if contents["format"] != FORMAT:
-                theirs = contents["format"]
-                raise ValueError(f"{parameter}: {path} has the format {theirs!r}; this version reads {FORMAT!r}")
             return Checkpoint(path, "msad", ModelConfig.from_dict(contents["config"]), state)
         if any(name.startswith("module.features.") for name in state):
             features = {name.removeprefix("module."): v for name, v in state.items() if ".features." in name}
@@ -178,9 +184,10 @@ def read_checkpoint(
             student = narrow(*published_part(state, "S"), config.width)
             student = {name: value for name, value in student.items() if not name.startswith("neck.p7.")}
             return Checkpoint(path, "published student", config, student, teacher)
-    except (KeyError, AttributeError, RuntimeError, IndexError, TypeError) as error:
+    except (KeyError, AttributeError, RuntimeError, IndexError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{parameter}: {path} lacks weights of its kind or has some of another shape ({error}); get the file once more"
+            f"{parameter}: {path} lacks weights of its kind or has some of another shape ({reason(error)}); "
+            "get the file once more"
         ) from None
     raise ValueError(
         f"{parameter}: {path} holds weights of an unknown kind (the first is {next(iter(state), 'none')!r}); give a "
@@ -200,15 +207,17 @@ def cut_state(backbone: dict[str, Tensor], width: float) -> dict[str, Tensor]:
     slimmable.load_state_dict(backbone, assign=True)
     return cut(slimmable, width).state_dict()
 
-# %% ../nbs/08_checkpoint.ipynb #904bbb6b
+# %% ../nbs/08_checkpoint.ipynb #9f4c7d7c
 def restore(checkpoint: Checkpoint, config: ModelConfig, state: dict[str, Tensor], parameter: str) -> Teacher | Student:
     "The model that `config` describes, with the weights `state`, in evaluation mode."
     model = build_model(config)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise ValueError(f"{parameter}: {checkpoint.path} does not fit the model it describes: {reason}") from None
+        raise ValueError(
+            f"{parameter}: {checkpoint.path} does not fit the model it describes ({reason(error)}); "
+            "get the file once more"
+        ) from None
     return model.eval()
 
 
@@ -242,7 +251,7 @@ def load_original(
     teacher = restore(checkpoint, teacher_config, checkpoint.teacher_state, "path")
     return Distillation(model, teacher).eval()
 
-# %% ../nbs/08_checkpoint.ipynb #5208c1ad
+# %% ../nbs/08_checkpoint.ipynb #6faf607c
 def load_weights(
     model: Teacher | Student,
     checkpoint: Checkpoint,
@@ -251,7 +260,13 @@ def load_weights(
     "Start `model` from a checkpoint of any kind. Raises a `ValueError` that names the field which does not fit."
     fresh = model.state_dict()
     if checkpoint.config is None:
-        state = {f"backbone.{name}": v for name, v in cut_state(checkpoint.state, model.config.width).items()}
+        try:
+            weights = cut_state(checkpoint.state, model.config.width)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{parameter}: {checkpoint.path} is no slimmable ResNet-50 ({reason(error)}); get the file once more"
+            ) from None
+        state = {f"backbone.{name}": value for name, value in weights.items()}
     else:
         state = dict(checkpoint.state)
         for name in ("width", "neck_channels", "head_convs"):
@@ -263,6 +278,10 @@ def load_weights(
         if checkpoint.config.class_names != model.config.class_names:
             state = {name: value for name, value in state.items() if not name.startswith("head.cls_logits.")}
     taken = {name: value for name, value in state.items() if name in fresh}
+    for name, value in taken.items():
+        if value.shape != fresh[name].shape:
+            shapes = f"{tuple(value.shape)}, not {tuple(fresh[name].shape)}"
+            raise ValueError(f"{parameter}: {checkpoint.path} has {name} of shape {shapes}; get the file once more")
     model.load_state_dict({**fresh, **taken})
 
     def modules(names): return ", ".join(dict.fromkeys(re.match(r"backbone|[a-z]+\.[a-z_0-9]+", n)[0] for n in names))

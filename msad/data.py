@@ -8,7 +8,7 @@ __all__ = ['FIELDS', 'check_annotations', 'index_annotations', 'read_json', 'rea
            'EvalTransform', 'EvalImages', 'TrainSampler', 'collate', 'train_loader', 'eval_loader', 'DataSummary',
            'check_data']
 
-# %% ../nbs/10_data.ipynb #7b529443
+# %% ../nbs/10_data.ipynb #a6de4d80
 import contextlib
 import io
 import itertools
@@ -38,7 +38,7 @@ FIELDS = {
     "categories": ("id", "name"),
 }
 
-# %% ../nbs/10_data.ipynb #96208691
+# %% ../nbs/10_data.ipynb #ddd2e4fd
 def check_annotations(
     dataset: dict,  # what the JSON file holds
     name: str,  # how to call it in an error: the path of the file
@@ -107,7 +107,7 @@ def _check_values(dataset: dict, name: str, image_fields: tuple[str, ...]) -> No
             crowd = annotation["iscrowd"]
             raise ValueError(f"{name}: annotation {annotation['id']} has 'iscrowd' {crowd!r}: write 0 or 1.")
 
-# %% ../nbs/10_data.ipynb #e41328f0
+# %% ../nbs/10_data.ipynb #951f0956
 def index_annotations(
     dataset: dict,  # a checked COCO data set
 ) -> COCO:
@@ -128,7 +128,7 @@ def _without_duplicates(pairs: list[tuple]) -> dict:
 
 def read_json(
     path: str | os.PathLike,  # file
-):
+) -> object:
     "What a JSON file holds. Raises FileNotFoundError, or ValueError if it is no JSON or has a key twice in one object."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path} does not exist: check the path or put the file there.")
@@ -156,7 +156,7 @@ def class_names(
     count = Counter(str(category["name"]) for category in categories)
     return [f"{c['name']} (id {c['id']})" if count[str(c["name"])] > 1 else str(c["name"]) for c in categories]
 
-# %% ../nbs/10_data.ipynb #f99dfb06
+# %% ../nbs/10_data.ipynb #af426450
 def usable_boxes(
     boxes: np.ndarray,  # N×4, x, y, width, height in pixels, as COCO writes them
     sizes: np.ndarray | Sequence[int],  # height and width of the image, or N×2 of each box's image
@@ -172,7 +172,7 @@ def usable_boxes(
         usable = np.isfinite([x, y, w, h]).all(axis=0) & (w > 0) & (h > 0) & inside
     return clipped, usable
 
-# %% ../nbs/10_data.ipynb #451e2106
+# %% ../nbs/10_data.ipynb #0e182dcd
 def read_image(
     path: str | os.PathLike,  # image file of any kind that Pillow reads
 ) -> Image.Image:  # RGB
@@ -197,7 +197,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535: raise ValueError("pixels are not of 8 or 16 bits")
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
-# %% ../nbs/10_data.ipynb #cf5f4231
+# %% ../nbs/10_data.ipynb #b7503f3e
 class CocoImages(Dataset):
     """Photographs and boxes of `root/SPLIT/` and `root/annotations/instances_SPLIT.json`.
 
@@ -259,7 +259,7 @@ class CocoImages(Dataset):
             "size": (image.height, image.width),
         }
 
-# %% ../nbs/10_data.ipynb #409e8584
+# %% ../nbs/10_data.ipynb #4b83d722
 def resized_size(
     height: int,  # of the image, pixels
     width: int,  # of the image, pixels
@@ -274,7 +274,7 @@ def resized_size(
         new_height, new_width = new_height * scale, new_width * scale
     return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
 
-# %% ../nbs/10_data.ipynb #73a102dc
+# %% ../nbs/10_data.ipynb #c2061383
 def _resize(
     image: Image.Image, boxes: tv_tensors.BoundingBoxes, size: tuple[int, int]
 ) -> tuple[tv_tensors.Image, tv_tensors.BoundingBoxes]:
@@ -332,7 +332,7 @@ class TrainTransform:
             "size": target["size"],
         }
 
-# %% ../nbs/10_data.ipynb #de5ecf74
+# %% ../nbs/10_data.ipynb #dbfac27f
 class TrainImages(Dataset):
     "Training samples: `CocoImages` seen through a `TrainTransform`, indexed by (epoch, image number)."
 
@@ -358,7 +358,7 @@ def training_indices(
     "The images to learn from: those with a box that is no crowd."
     return np.unique(images.owner[~images.iscrowd]).tolist()
 
-# %% ../nbs/10_data.ipynb #41528693
+# %% ../nbs/10_data.ipynb #4f4fac7c
 class EvalTransform:
     "Resize image (to C×H×W uint8) and boxes; all else in the target stays, `size` (of the file) included."
 
@@ -397,7 +397,7 @@ class EvalImages(Dataset):
         "Image number `index` at its size for evaluation."
         return self.transform(*self.images[index])
 
-# %% ../nbs/10_data.ipynb #76045a89
+# %% ../nbs/10_data.ipynb #89a6707b
 class TrainSampler:
     """Endless batches of (epoch, index) pairs; each pair comes exactly once, a batch has one orientation.
 
@@ -432,7 +432,7 @@ class TrainSampler:
                     yield bucket.copy()
                     bucket.clear()
 
-# %% ../nbs/10_data.ipynb #a4f38861
+# %% ../nbs/10_data.ipynb #1e30f865
 def collate(
     samples: list[tuple[Tensor, dict]],  # of `TrainImages` or `EvalImages`
 ) -> tuple[list[Tensor], list[dict]]:  # images (C×H×W uint8) and targets
@@ -480,7 +480,7 @@ def eval_loader(
         persistent_workers=workers > 0,
     )
 
-# %% ../nbs/10_data.ipynb #8057da01
+# %% ../nbs/10_data.ipynb #c8215c9a
 @dataclass(repr=False)
 class DataSummary:
     "What a data set holds; printing it gives a few lines of text."

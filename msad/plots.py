@@ -8,7 +8,7 @@ __all__ = ['ROLE_COLORS', 'LINES', 'MARKERS', 'KINDS', 'BRANCHES', 'LONG_LOG', '
            'runs_table', 'PublishedModel', 'plot_capacity', 'plot_sizes', 'plot_precision_recall', 'fusion_scores',
            'plot_fusion_scores', 'save_figure']
 
-# %% ../nbs/15_plots.ipynb #0fb6f437
+# %% ../nbs/15_plots.ipynb #70188d0d
 import math
 import os
 import re
@@ -39,13 +39,13 @@ from .capacity import capacity, detector_flops
 from .checkpoint import write_atomically
 from .coco_eval import run_coco_eval
 from .data import CocoImages, EvalImages, EvalTransform, read_json, resized_size
-from .detectors import ModelConfig, Teacher, build_model
+from .detectors import FUSED_WEIGHT, ModelConfig, Teacher, build_model
 
 ROLE_COLORS = {"teacher": "#D55E00", "student": "#0072B2"}
 LINES = ("-", "--", ":", "-.")
 MARKERS = {"teacher": "o", "student": "s"}
 
-# %% ../nbs/15_plots.ipynb #66527134
+# %% ../nbs/15_plots.ipynb #4397114d
 KINDS = {
     "cls": "class (focal loss)",
     "loc": "box (GIoU loss)",
@@ -56,7 +56,7 @@ KINDS = {
 BRANCHES = {
     "hr": ("high view", "#E69F00", "--"),
     "lr": ("low view", "#009E73", ":"),
-    "fr": ("fused, as weighted", ROLE_COLORS["teacher"], "-"),
+    "fr": (f"fused, × {FUSED_WEIGHT:g}", ROLE_COLORS["teacher"], "-"),
     "st": ("student", ROLE_COLORS["student"], "-"),
 }
 LONG_LOG = 60
@@ -87,34 +87,33 @@ def plot_losses(
     iterations = [row["iteration"] for row in log]
     window = len(log) // 40 * 2 + 1 if len(log) >= LONG_LOG else 1
     columns = math.ceil(len(panels) / 2)
-    fig, axs = plt.subplots(2, columns, figsize=(2.9 * columns, 4.6), dpi=80, layout="constrained", squeeze=False)
+    fig, axs = plt.subplots(2, columns, figsize=(2.7 * columns, 4.3), dpi=80, layout="constrained", squeeze=False)
     lines = {}
     for (kind, names), ax in zip(panels.items(), axs.flat, strict=False):
-        top = 0.0
         for name in names:
             branch = {"kd": "st", "lr": "rate"}.get(kind, name.rpartition("_")[2])
             label, color, style = BRANCHES.get(branch, ("", "black", "-"))
             values = [row[name] for row in log]
-            top = max(top, *values)
             smooth = window > 1 and kind != "lr"
-            if smooth: ax.plot(iterations, values, color=color, lw=0.6, alpha=0.35)
+            if smooth and len(names) == 1: ax.plot(iterations, values, color=color, lw=0.6, alpha=0.35)
             curve = running_mean(values, window) if smooth else values
             marker = "o" if len(log) < 20 else None
             (line,) = ax.plot(iterations, curve, style, color=color, marker=marker, ms=3.5, lw=1.6)
             if label: lines[label] = line
         title = {"loss": "sum of all losses", "lr": "rate"}.get(kind) or KINDS.get(kind, kind)
         ax.set(title=title, xlabel="iteration", ylabel="learning rate" if kind == "lr" else "loss")
-        ax.set_ylim(0, 1.06 * top or 1)
+        ax.set_ylim(0, 1.06 * ax.dataLim.y1 or 1)
         ax.ticklabel_format(axis="y", scilimits=(-3, 4))
-        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
         ax.grid(alpha=0.25)
     for ax in axs.flat[len(panels):]: ax.set_axis_off()
-    note = f"thick: mean of {window} iterations\nthin: each of them" if window > 1 else None
-    place, where = (axs.flat[-1], "center") if len(panels) < axs.size else (axs.flat[1], "lower left")
-    place.legend(lines.values(), lines.keys(), title=note, title_fontsize=9, fontsize=9, loc=where, frameon=False)
+    note = f"thick: mean of {window} iterations" if window > 1 else None
+    place = dict(title=note, title_fontsize=9, fontsize=9, frameon=False)
+    if len(panels) < axs.size: axs.flat[-1].legend(lines.values(), lines.keys(), loc="center", **place)
+    else: fig.legend(lines.values(), lines.keys(), loc="outside lower center", **place)
     return fig
 
-# %% ../nbs/15_plots.ipynb #b40e4bda
+# %% ../nbs/15_plots.ipynb #0fda83a6
 def draw_boxes(
     ax: Axes,
     image: Image.Image | np.ndarray | None,  # photograph; none: boxes are added to what is there
@@ -140,7 +139,7 @@ def draw_boxes(
         label = dict(boxstyle="square,pad=0.15", fc="white", ec="none", alpha=0.75)
         ax.text(x1, y1, text, fontsize=6.5, va="top", bbox=label, clip_on=True)
 
-# %% ../nbs/15_plots.ipynb #0a45c3e6
+# %% ../nbs/15_plots.ipynb #53bfd200
 def match_boxes(
     found: dict[str, Tensor],  # `boxes` (D×4, x₁, y₁, x₂, y₂), `scores`, `labels`
     truth: dict[str, Tensor],  # `boxes` (G×4), `labels`, `iscrowd`
@@ -163,7 +162,7 @@ def match_boxes(
                 break
     return match
 
-# %% ../nbs/15_plots.ipynb #18ce9ab7
+# %% ../nbs/15_plots.ipynb #8c81b2aa
 def pick_images(
     images: CocoImages,
     results: list[dict],  # detections in COCO's format; their number decides between images with as many objects
@@ -176,7 +175,7 @@ def pick_images(
     places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
     return [order[place][-1] for place in places]
 
-# %% ../nbs/15_plots.ipynb #ecc60d94
+# %% ../nbs/15_plots.ipynb #b4bdaa29
 def plot_detections(
     images: CocoImages,
     detections: dict[str, list[dict]],  # name, such as "teacher", to detections in COCO's format
@@ -230,7 +229,7 @@ def _found(images: CocoImages, results: list[dict], image_id: int, score_thresho
     unknown = sorted({r["category_id"] for r in mine}.difference(images.category_ids))
     if unknown:
         raise ValueError(
-            f"detections: image {image_id} has the category {unknown[0]}, which {images.annotation_file} does not list: "
+            f"detections: image {image_id} has the category {unknown[0]}, which {images.annotation_file} lacks: "
             "use the annotations that belong to them."
         )
     boxes = torch.tensor([r["bbox"] for r in mine], dtype=torch.float64).reshape(-1, 4)
@@ -240,7 +239,7 @@ def _found(images: CocoImages, results: list[dict], image_id: int, score_thresho
         "labels": torch.tensor([images.category_ids.index(r["category_id"]) for r in mine], dtype=torch.int64),
     }
 
-# %% ../nbs/15_plots.ipynb #de5e1bf5
+# %% ../nbs/15_plots.ipynb #ba4d7064
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -286,7 +285,7 @@ def _lines(runs: Sequence[RunSummary]) -> list[str]:
     roles = [run.config.role for run in runs]
     return [LINES[roles[:i].count(role) % len(LINES)] for i, role in enumerate(roles)]
 
-# %% ../nbs/15_plots.ipynb #91c996f7
+# %% ../nbs/15_plots.ipynb #f857ee55
 def runs_table(
     runs: Sequence[str | os.PathLike],  # run folders
     images: CocoImages | None = None,  # validation photographs; the most common size gives the column "GMAC"
@@ -311,7 +310,7 @@ def _gmac(config: ModelConfig, images: CocoImages) -> float:
     (size, _), = Counter(map(tuple, images.sizes.tolist())).most_common(1)
     return detector_flops(build_model(config), resized_size(*size, config.short_side, config.max_side)) / 1e9
 
-# %% ../nbs/15_plots.ipynb #e95ee8e9
+# %% ../nbs/15_plots.ipynb #aee7d80f
 class PublishedModel(NamedTuple):
     "A row of the paper's results."
 
@@ -356,7 +355,9 @@ def plot_capacity(
             offset, side = ((6, -10), "left") if model.role == "teacher" else ((-6, 5), "right")
             place = dict(xytext=offset, textcoords="offset points", ha=side, fontsize=8)
             ax.annotate(f"{model.width:g}", (model.capacity, model.ap), **place)
-        if not models: ax.text(0.5, 0.5, "no run has an AP yet", ha="center", transform=ax.transAxes)
+        if not models:
+            ax.text(0.5, 0.5, "no run has an AP yet", ha="center", transform=ax.transAxes)
+            ax.set_yticks([])
         ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
         ax.set(xscale="log", xlim=(0.01, 2.5), title=title, ylabel="box AP (%)")
         ax.set_xlabel("capacity (backbone, 1 = width 1.0 at 800×1333)")
@@ -367,14 +368,15 @@ def plot_capacity(
     axs[1].legend(title="numbers: width", loc="lower right")
     return fig
 
-# %% ../nbs/15_plots.ipynb #840d2163
+# %% ../nbs/15_plots.ipynb #157390ff
 def plot_sizes(
     runs: Sequence[str | os.PathLike],  # run folders
 ) -> Figure:
     "AP over all objects and over small, medium and large ones, with a bar for each run; – where there is no figure."
     summaries = [read_run(folder) for folder in runs]
     sizes = {"AP": "all", "APs": "small\n(< 32² px)", "APm": "medium\n(32² to 96² px)", "APl": "large\n(> 96² px)"}
-    fig, ax = plt.subplots(figsize=(6.4, 3.2), dpi=80, layout="constrained")
+    size = 5 + 0.45 * len(summaries), max(3.2, 0.6 + 0.25 * len(summaries))
+    fig, ax = plt.subplots(figsize=size, dpi=80, layout="constrained")
     bar = 0.8 / max(len(summaries), 1)
     hatches = dict(zip(LINES, ("", "///", "...", "xxx"), strict=True))
     crowded = len(summaries) > 3
@@ -395,7 +397,7 @@ def plot_sizes(
     if summaries: ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/15_plots.ipynb #db9edf6e
+# %% ../nbs/15_plots.ipynb #ba5e20ee
 def plot_precision_recall(
     runs: Sequence[str | os.PathLike],  # run folders; those without a `detections.json` are left out
     annotations: str | os.PathLike | COCO,  # annotation file of the validation split, or its index
@@ -406,7 +408,7 @@ def plot_precision_recall(
     """
     summaries = [run for run in map(read_run, runs) if (run.folder / "detections.json").is_file()]
     if not summaries: raise FileNotFoundError("runs: none of them has a detections.json; evaluate one first.")
-    fig, ax = plt.subplots(figsize=(6.4, 3.6), dpi=80, layout="constrained")
+    fig, ax = plt.subplots(figsize=(6.8, max(3.4, 0.6 + 0.45 * len(summaries))), dpi=80, layout="constrained")
     for run, label, line in zip(summaries, _labels(summaries), _lines(summaries), strict=True):
         evaluation = run_coco_eval(annotations, run.folder / "detections.json")
         precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU × recall × class; all sizes, 100 an image
@@ -421,7 +423,7 @@ def plot_precision_recall(
     ax.legend(title="area under the curve (%)", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/15_plots.ipynb #60d85abc
+# %% ../nbs/15_plots.ipynb #86b6fb33
 @torch.no_grad()
 def fusion_scores(
     model: Teacher,  # is put into evaluation mode
@@ -459,7 +461,7 @@ def plot_fusion_scores(
     ax.legend(handles=[dots[0], mean, even], loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/15_plots.ipynb #3cae821c
+# %% ../nbs/15_plots.ipynb #a2425ee4
 def save_figure(
     figure: Figure,
     path: str | os.PathLike,  # PNG file; its folder is made if it is missing

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'TREES', 'Recipe', 'lr_at', 'distillation_weight_at', 'make_optimizer', 'adapt']
 
-# %% ../nbs/12_recipe.ipynb #852819e6
+# %% ../nbs/12_recipe.ipynb #10bb2635
 import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-# %% ../nbs/12_recipe.ipynb #cac95dd3
+# %% ../nbs/12_recipe.ipynb #29b9ea0d
 @dataclass(frozen=True)
 class Recipe:
     "How to train. Raises a `ValueError` that names the field when a value makes no sense."
@@ -25,6 +25,7 @@ class Recipe:
     drops: tuple[int, ...] = ()  # iterations at which the rate drops
     warmup: int = 500  # iterations over which the rate rises
     distillation_warmup: int = 500  # iterations over which the weight of the distillation rises
+    distillation_alpha: float = 0.2  # α, the size of the distillation loss
     weight_decay: float = 1e-4  # on everything but the affine parameters of norm layers
     flips: str = "horizontal"  # see `msad.data.TrainTransform`
 
@@ -74,7 +75,7 @@ def make_optimizer(
     if recipe.optimizer == "sgd": return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=recipe.lr)
 
-# %% ../nbs/12_recipe.ipynb #23fc987d
+# %% ../nbs/12_recipe.ipynb #59d65e18
 PUBLISHED = {
     ("teacher", 0.25): Recipe(90_000, 16, 0.01, drops=(60_000, 80_000)),
     ("teacher", 0.5): Recipe(180_000, 8, 0.01, drops=(120_000, 160_000)),
@@ -86,13 +87,13 @@ PUBLISHED = {
     ("student", 1.0): Recipe(90_000, 16, 0.01, drops=(60_000, 80_000)),
 }
 
-# %% ../nbs/12_recipe.ipynb #5ccd9db8
+# %% ../nbs/12_recipe.ipynb #f481725a
 TREES = {
-    "teacher": Recipe(1000, 8, 2e-3, "adamw", "cosine", warmup=100, weight_decay=0.05, flips="all"),
-    "student": Recipe(500, 8, 1e-3, "adamw", "cosine", (), 50, 150, weight_decay=0.05, flips="all"),
+    "teacher": Recipe(900, 8, 2e-3, "adamw", "cosine", warmup=90, weight_decay=0.05, flips="all"),
+    "student": Recipe(800, 8, 1e-3, "adamw", "cosine", (), 80, 240, 0.02, weight_decay=0.05, flips="all"),
 }
 
-# %% ../nbs/12_recipe.ipynb #7ea868ba
+# %% ../nbs/12_recipe.ipynb #b478e13e
 def adapt(
     recipe: Recipe,
     iterations: int | None = None,  # none: the recipe's

@@ -86,7 +86,7 @@ def test_truncated_file(tmp_path, kept):
 
 @pytest.mark.parametrize(
     "text",
-    (b"The weights are on another server.\n", b"<!DOCTYPE html>\n<html></html>\n", b'{"model": {}}\n', b"\x89PNG\r\n\x1a\n"),
+    (b"The weights are elsewhere.\n", b"<!DOCTYPE html>\n<html></html>\n", b'{"model": {}}\n', b"\x89PNG\r\n\x1a\n"),
     ids=("prose", "html", "json", "png"),
 )
 def test_file_that_torch_did_not_write(tmp_path, text):

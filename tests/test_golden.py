@@ -212,6 +212,13 @@ def test_gradient_norms(case):
     assert {name: fraction for name, fraction in fractions.items() if fraction > 1} == {}
 
 
+def test_small_gradients_are_not_lost(case):
+    # The tolerance above is wider than some norms, the fusion's for one.
+    _, norms = case.training
+    recorded = {our_name(name): float(x) for name, x in case.recorded("grad").items()}
+    assert {name: norms[name] for name in recorded} == pytest.approx(recorded, rel=0.02, abs=1e-6)
+
+
 @pytest.mark.parametrize("i", range(2))
 def test_detections_of_an_image_alone(case, i):
     expected = {kind: torch.from_numpy(case.expected[f"det/{i}/{kind}"]) for kind in ("boxes", "scores", "labels")}

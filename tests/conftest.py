@@ -1,0 +1,42 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_coco(root, split="train2017", images=4, size=(96, 64), ids=(7, 90), names=("pine", "oak"), boxes_per_image=2):
+    "A small data set in COCO layout: noise with dark rectangles, the objects. Returns the annotation dictionary."
+    rng = np.random.default_rng(len(split))
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    (root / split).mkdir(exist_ok=True)
+    width, height = size
+    content = {
+        "images": [{"id": i + 1, "file_name": f"{i + 1}.jpg", "width": width, "height": height} for i in range(images)],
+        "annotations": [],
+        "categories": [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)],
+    }
+    for image in content["images"]:
+        pixels = rng.integers(120, 255, (height, width, 3), dtype=np.uint8)
+        for _ in range(boxes_per_image):
+            w, h = rng.integers(12, 30, 2).tolist()
+            x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
+            pixels[y : y + h, x : x + w] = 30
+            number = len(content["annotations"])
+            content["annotations"].append({
+                "id": number + 1, "image_id": image["id"], "category_id": ids[number % len(ids)],
+                "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0,
+            })  # fmt: skip
+        Image.fromarray(pixels).save(root / split / image["file_name"], quality=90)
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return content
+
+
+@pytest.fixture
+def coco(tmp_path):
+    "The folder of a small data set in COCO layout with both splits and category ids that are not consecutive."
+    for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split)
+    return tmp_path / "data"

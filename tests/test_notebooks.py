@@ -1,0 +1,69 @@
+"The run notebooks through papermill as a person starts them: real kernels, real files, from a folder within the repository."
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, write_coco
+
+SMALL = ["-p", "iterations", "2", "-p", "batch_size", "2", "-p", "short_side", "64", "-p", "max_side", "96", "-p", "neck_channels", "64"]
+
+
+def papermill(*arguments, cwd=ROOT):
+    "Run papermill with its output redirected; the finished process."
+    command = [str(Path(sys.executable).with_name("papermill")), *map(str, arguments)]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def texts(notebook):
+    "All text that an executed notebook printed."
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return "".join("".join(output.get("text", "")) for output in outputs if output["output_type"] == "stream")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("notebooks")
+    for split in ("train2017", "val2017"): write_coco(root / "data", split)
+    return root
+
+
+def test_from_teacher_to_analysis(place):
+    common = ["-p", "data", place / "data", "-p", "devices", "cpu", "-p", "workers", "0"]
+    teacher, student = place / "teacher", place / "student"
+
+    done = papermill("nbs/train_teacher.ipynb", *common, *SMALL, "-p", "out", teacher)
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed = texts(json.loads(done.stdout))
+    assert "2 iterations of 2 images" in printed and "4 images" in printed and str(teacher) in printed
+
+    # From another folder, and with paths that are relative to it.
+    done = papermill(
+        "../nbs/train_student.ipynb", *common, *SMALL, "-p", "teacher", os.path.relpath(teacher, ROOT / "tests"),
+        "-p", "out", student, cwd=ROOT / "tests",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {"model_final.pth", "metrics.json", "detections.json", "log.jsonl"} <= {p.name for p in student.iterdir()}
+
+    done = papermill("nbs/evaluate.ipynb", *common, "-p", "model", student, "-p", "out", place / "evaluation")
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = (json.loads((f / "metrics.json").read_text()) for f in (place / "evaluation", student))
+    assert ours["AP"] == theirs["AP"]
+
+    done = papermill("nbs/analysis.ipynb", "-y", f"runs: [{teacher}, {student}]", "-p", "out", place / "analysis")
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = (place / "analysis" / "summary.txt").read_text()
+    pictures = [line.strip() for line in summary.splitlines() if line.endswith(".png")]
+    assert len(pictures) >= 6 and all(Path(picture).is_file() for picture in pictures)
+    assert "teacher" in summary and "student" in summary
+
+
+def test_wrong_input_ends_with_its_sentence(place):
+    done = papermill("nbs/train_teacher.ipynb", "-p", "data", place / "nowhere", "-p", "out", place / "never")
+    assert done.returncode != 0
+    assert "The data folder" in done.stderr and "does not exist" in done.stderr
+    assert not (place / "never").exists()

@@ -1,0 +1,240 @@
+"Whole runs in small: real training, real evaluation, real files, and every wrong input before any of it starts."
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import write_coco
+
+from msad.checkpoint import load_model, read_checkpoint, save_model
+from msad.detectors import ModelConfig, build_model
+from msad.runs import EvaluateSettings, TrainSettings, default_folder, evaluate_run, finished_runs, prepare, run
+from msad.train import read_log
+
+SMALL = dict(
+    neck_channels=64, iterations=3, batch_size=2, short_side=128, max_side=213, workers=0, devices="cpu", checkpoint_every=2
+)
+
+
+def teacher_settings(coco, out, **changes):
+    return TrainSettings("teacher", data=str(coco), out=str(out), **{**SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "A data set with a finished teacher and a finished student."
+    root = tmp_path_factory.mktemp("finished")
+    for split in ("train2017", "val2017"): write_coco(root / "data", split)
+    run(prepare(teacher_settings(root / "data", root / "teacher")))
+    student = TrainSettings("student", data=str(root / "data"), teacher=str(root / "teacher"), out=str(root / "student"), **SMALL)
+    run(prepare(student))
+    return root
+
+
+def test_run_folder_holds_everything(finished):
+    for role in ("teacher", "student"):
+        folder = finished / role
+        rows = read_log(folder)
+        assert [row["iteration"] for row in rows] == [1, 2, 3]
+        assert all({"loss", "lr", "seconds"} <= set(row) for row in rows)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert list(metrics)[:12] == "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
+        assert set(metrics["classes"]) == {"pine", "oak"} and metrics["seconds_per_image"] > 0
+        assert {p.name for p in (folder / "figures").iterdir()} == {"losses.png", "detections.png"}
+        assert {d["category_id"] for d in json.loads((folder / "detections.json").read_text())} <= {7, 90}
+    assert "loss_kd" in read_log(finished / "student")[0]
+
+
+def test_model_rebuilds_from_its_file_alone(finished):
+    config = load_model(finished / "student").config
+    assert (config.role, config.width, config.neck_channels, config.class_names) == ("student", 0.25, 64, ("pine", "oak"))
+    assert config.category_ids == (7, 90) and (config.short_side, config.max_side, config.pad) == (128, 213, 64)
+
+
+def test_finished_run_is_shown_and_not_repeated(finished):
+    settings = teacher_settings(finished / "data", finished / "teacher", workers=1, checkpoint_every=7)
+    before = {p: p.stat().st_mtime_ns for p in (finished / "teacher").rglob("*")}
+    plan = prepare(settings)
+    assert plan.state == "finished" and run(plan) == finished / "teacher"
+    assert before == {p: p.stat().st_mtime_ns for p in (finished / "teacher").rglob("*")}
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(seed=5), "seed: 0 there, 5 now"),
+    (dict(iterations=4), "recipe.iterations: 3 there, 4 now"),
+    (dict(short_side=64, max_side=64), "model.short_side: 128 there, 64 now"),
+    (dict(resume=False), "resume is false"),
+])  # fmt: skip
+def test_folder_of_another_run_is_refused_and_untouched(finished, change, said):
+    before = {p: p.read_bytes() for p in (finished / "teacher").rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=said):
+        prepare(teacher_settings(finished / "data", finished / "teacher", **change))
+    assert before == {p: p.read_bytes() for p in (finished / "teacher").rglob("*") if p.is_file()}
+
+
+def test_same_seed_gives_the_same_log_and_another_seed_another(coco, tmp_path):
+    logs = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(prepare(teacher_settings(coco, tmp_path / name, seed=seed)))
+        logs[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in read_log(tmp_path / name)]
+    assert logs["a"] == logs["b"] != logs["c"]
+
+
+def test_worker_processes_change_nothing(coco, tmp_path):
+    for name, workers in (("here", 0), ("there", 2)):
+        run(prepare(teacher_settings(coco, tmp_path / name, workers=workers)))
+    here, there = (load_model(tmp_path / name).state_dict() for name in ("here", "there"))
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_image_that_does_not_decode_stops_the_run_and_loses_nothing(coco, tmp_path):
+    good = (coco / "train2017" / "3.jpg").read_bytes()
+    (coco / "train2017" / "3.jpg").write_bytes(good[: len(good) // 2])
+    settings = teacher_settings(coco, tmp_path / "run", iterations=6)
+    with pytest.raises(ValueError, match=r"3\.jpg does not decode"): run(prepare(settings))
+    # The estimate looks at the first batches too, so the run may stop before its first iteration.
+    done = len(read_log(tmp_path / "run"))
+    assert done < 2
+    (coco / "train2017" / "3.jpg").write_bytes(good)
+    run(prepare(settings))
+    run(prepare(replace(settings, out=str(tmp_path / "undisturbed"))))
+    resumed, undisturbed = (load_model(tmp_path / name).state_dict() for name in ("run", "undisturbed"))
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in resumed)
+
+
+def test_unusable_boxes_are_counted_aloud(coco, tmp_path):
+    path = coco / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    for i, box in enumerate(([1, 1, float("nan"), 5], [1, 1, 0, 5], [500, 1, 5, 5], [90, 1, 50, 5])):
+        content["annotations"].append({"id": 100 + i, "image_id": 1, "category_id": 7, "bbox": box, "iscrowd": 0})
+    path.write_text(json.dumps(content))
+    assert "unusable boxes dropped: 3, clipped to the image: 1" in str(prepare(teacher_settings(coco, tmp_path / "run")))
+
+
+# Bad input: each is a sentence before any work, and nothing is written.
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(width=0.3), "width is 0.3: choose one of 0.25, 0.5, 0.75, 1.0"),
+    (dict(neck_channels=100), "neck_channels is 100"),
+    (dict(iterations=0), "iterations is 0"),
+    (dict(batch_size=2.5), "batch_size is 2.5"),
+    (dict(lr=float("nan")), "lr is nan"),
+    (dict(devices="gpu"), "devices is 'gpu'"),
+    (dict(workers=-1), "workers is -1"),
+    (dict(short_side=200, max_side=100), "short_side is 200 and max_side 100"),
+    (dict(data="nowhere"), "data folder .*nowhere does not exist"),
+    (dict(train_split="train2016"), "train2016"),
+    (dict(weights="nowhere.pth"), "weights: there is no file nowhere.pth"),
+])  # fmt: skip
+def test_wrong_setting(coco, tmp_path, change, said):
+    changed = {**SMALL, "data": str(coco), **change}
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        run(prepare(TrainSettings("teacher", out=str(tmp_path / "run"), **changed)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_splits_with_other_categories(coco, tmp_path):
+    write_coco(coco, "val2017", ids=(7, 91))
+    with pytest.raises(ValueError, match="val_split: .*other categories"):
+        prepare(teacher_settings(coco, tmp_path / "run"))
+
+
+def test_out_is_a_file_or_holds_something_else(coco, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"): prepare(teacher_settings(coco, tmp_path / "file"))
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds metrics.json but no settings.json"):
+        prepare(teacher_settings(coco, tmp_path / "else"))
+    (tmp_path / "else" / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match="is not valid JSON"): prepare(teacher_settings(coco, tmp_path / "else"))
+
+
+def test_student_without_a_teacher(coco, tmp_path):
+    with pytest.raises(FileNotFoundError, match="papermill nbs/train_teacher.ipynb .*-p width 0.25"):
+        prepare(TrainSettings("student", data=str(coco), out=str(tmp_path / "run"), **SMALL))
+
+
+def test_missing_teacher_on_the_bundled_photographs_is_trained_first(tmp_path, monkeypatch):
+    repository = tmp_path / "repository"
+    write_coco(repository / "data" / "trees", "train2017")
+    write_coco(repository / "data" / "trees", "val2017")
+    monkeypatch.chdir(repository)
+    plan = prepare(TrainSettings("student", **{**SMALL, "neck_channels": 96}))
+    assert plan.teacher == default_folder("trees", "teacher", 0.25) / "model_final.pth"
+    assert plan.teacher_plan.config.neck_channels == plan.config.neck_channels == 96
+    assert "it is trained first" in str(plan) and not (repository / "runs").exists()
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(width=0.5), "its width is 0.25 and the student's 0.5"),
+    (dict(neck_channels=96), "its neck_channels is 64 and the student's 96"),
+    (dict(teacher="student"), "holds a student; give the file of a teacher"),
+    (dict(teacher="nowhere"), "teacher: there is no file"),
+])  # fmt: skip
+def test_teacher_that_does_not_fit(finished, tmp_path, change, said):
+    change = {**change, **({"teacher": str(finished / change["teacher"])} if "teacher" in change else {})}
+    changed = {**SMALL, "data": str(finished / "data"), "teacher": str(finished / "teacher"), **change}
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        prepare(TrainSettings("student", out=str(tmp_path / "run"), **changed))
+
+
+def test_teacher_of_other_classes(finished, tmp_path):
+    for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split, names=("pine", "elm"))
+    with pytest.raises(ValueError, match="its class_names is pine, oak and the student's pine, elm"):
+        prepare(TrainSettings("student", data=str(tmp_path / "data"), teacher=str(finished / "teacher"), **SMALL))
+
+
+def test_fine_tuning_says_what_was_loaded(finished, tmp_path, capsys):
+    for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split, ids=(1,), names=("elm",))
+    settings = teacher_settings(tmp_path / "data", tmp_path / "run", weights=str(finished / "student"))
+    run(prepare(settings))
+    said = capsys.readouterr().out
+    assert "started anew" in said and "head.cls_logits" in said and "fusion.score" in said
+    assert read_checkpoint(tmp_path / "run").config.class_names == ("elm",)
+
+
+def test_evaluation_of_a_file(finished, tmp_path):
+    shutil.copy(finished / "student" / "model_final.pth", tmp_path / "student.pth")
+    settings = EvaluateSettings(
+        model=str(tmp_path / "student.pth"), data=str(finished / "data"), out=str(tmp_path / "run"), workers=0, devices="cpu"
+    )
+    folder = evaluate_run(settings)
+    theirs, ours = (json.loads((f / "metrics.json").read_text()) for f in (finished / "student", folder))
+    assert {k: v for k, v in theirs.items() if "seconds" not in k} == {k: v for k, v in ours.items() if "seconds" not in k}
+    larger = evaluate_run(replace(settings, short_side=192, out=str(tmp_path / "larger")))
+    assert json.loads((larger / "settings.json").read_text())["model"]["max_side"] == round(213 * 192 / 128)
+    with pytest.raises(ValueError, match="model.short_side: 128 there, 192 now"):
+        evaluate_run(replace(settings, short_side=192))
+
+
+def test_evaluation_on_other_classes(finished, tmp_path):
+    write_coco(tmp_path / "data", "val2017", ids=(1,), names=("elm",))
+    settings = EvaluateSettings(model=str(finished / "student"), data=str(tmp_path / "data"), out=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="knows the classes pine, oak and .* has elm"): evaluate_run(settings)
+
+
+def test_validation_without_objects_gives_null(coco, tmp_path):
+    path = coco / "annotations" / "instances_val2017.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
+    folder = run(prepare(teacher_settings(coco, tmp_path / "run")))
+    assert json.loads((folder / "metrics.json").read_text())["AP"] is None
+
+
+def test_runs_to_compare(finished, coco, tmp_path):
+    assert len(finished_runs([finished / "teacher", finished / "student"])) == 2
+    run(prepare(teacher_settings(coco, tmp_path / "other")))
+    with pytest.raises(ValueError, match="different photographs"): finished_runs([finished / "teacher", tmp_path / "other"])
+    with pytest.raises(FileNotFoundError, match="no settings.json"): finished_runs([tmp_path])
+
+
+def test_published_teacher_size_is_kept(tmp_path):
+    config = ModelConfig("teacher", 0.25, neck_channels=64, head_convs=1, class_names=("pine", "oak"), category_ids=(7, 90), pad=256)
+    save_model(tmp_path / "teacher.pth", build_model(config))
+    for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split)
+    plain = {k: v for k, v in SMALL.items() if k not in ("neck_channels", "short_side", "max_side")}
+    plan = prepare(TrainSettings("student", data=str(tmp_path / "data"), teacher=str(tmp_path / "teacher.pth"), **plain))
+    assert (plan.config.pad, plan.config.head_convs, plan.config.short_side, plan.config.max_side) == (256, 1, 800, 1333)
