@@ -7,7 +7,7 @@ __all__ = ['IMAGENET', 'CAFFE', 'FUSED_WEIGHT', 'TEMPERATURE', 'ROLES', 'Normali
            'Views', 'named', 'Teacher', 'Student', 'distillation_loss', 'Distillation', 'ModelConfig', 'build_model',
            'student_of']
 
-# %% ../nbs/07_detectors.ipynb #da41a3bd
+# %% ../nbs/07_detectors.ipynb #9e1c5c08
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from .losses import branch_losses
 from .neck import FPN
 from .targets import Targets, assign, make_locations
 
-# %% ../nbs/07_detectors.ipynb #068ddcf1
+# %% ../nbs/07_detectors.ipynb #14e54f33
 @dataclass(frozen=True)
 class Normalization:
     "How pixels 0..255 become the network's input: order of channels, mean and deviation of each (in that order)."
@@ -78,7 +78,7 @@ class InputTransform(nn.Module):
             place[:, : image.shape[1], : image.shape[2]] = (image - self.mean) / self.std
         return batch
 
-# %% ../nbs/07_detectors.ipynb #3c1653b8
+# %% ../nbs/07_detectors.ipynb #d1dcb90d
 def detect_in_batches(
     images: Sequence[Tensor],
     transform: InputTransform,
@@ -97,7 +97,7 @@ def detect_in_batches(
             detections[i] = {**found, "boxes": found["boxes"] / shrink}
     return detections
 
-# %% ../nbs/07_detectors.ipynb #49d65000
+# %% ../nbs/07_detectors.ipynb #85dc924d
 FUSED_WEIGHT = 0.4
 
 
@@ -154,7 +154,7 @@ class Teacher(nn.Module):
             **named(branch_losses(self.head(views.fused), goal), "fr", FUSED_WEIGHT),
         }
 
-# %% ../nbs/07_detectors.ipynb #9b3a2a90
+# %% ../nbs/07_detectors.ipynb #b21ecbde
 class Student(nn.Module):
     """A detector that sees the half-size view alone.
 
@@ -199,7 +199,7 @@ class Student(nn.Module):
 
         return detect_in_batches(images, self.transform, outputs_of, view)
 
-# %% ../nbs/07_detectors.ipynb #c991cb27
+# %% ../nbs/07_detectors.ipynb #0f52f9b7
 TEMPERATURE = 3.0
 
 
@@ -249,7 +249,7 @@ class Distillation(nn.Module):
         losses = self.student.losses(pyramid, assign(make_locations(pyramid), targets))
         return {**losses, "loss_kd": self.weight * distillation_loss(pyramid, fused, self.alpha)}
 
-# %% ../nbs/07_detectors.ipynb #d0a27b27
+# %% ../nbs/07_detectors.ipynb #7fdbe19c
 ROLES = ("teacher", "student")
 
 
@@ -308,7 +308,7 @@ def build_model(
     model.config = config
     return model
 
-# %% ../nbs/07_detectors.ipynb #03372e90
+# %% ../nbs/07_detectors.ipynb #f85696ae
 def student_of(
     teacher: Teacher,
 ) -> Student:

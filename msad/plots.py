@@ -8,7 +8,7 @@ __all__ = ['ROLE_COLORS', 'LINES', 'MARKERS', 'KINDS', 'BRANCHES', 'LONG_LOG', '
            'runs_table', 'PublishedModel', 'plot_capacity', 'plot_sizes', 'plot_precision_recall', 'fusion_scores',
            'plot_fusion_scores', 'save_figure']
 
-# %% ../nbs/15_plots.ipynb #70188d0d
+# %% ../nbs/15_plots.ipynb #eb84af2e
 import math
 import os
 import re
@@ -45,7 +45,7 @@ ROLE_COLORS = {"teacher": "#D55E00", "student": "#0072B2"}
 LINES = ("-", "--", ":", "-.")
 MARKERS = {"teacher": "o", "student": "s"}
 
-# %% ../nbs/15_plots.ipynb #4397114d
+# %% ../nbs/15_plots.ipynb #4f4b3d94
 KINDS = {
     "cls": "class (focal loss)",
     "loc": "box (GIoU loss)",
@@ -113,7 +113,7 @@ def plot_losses(
     else: fig.legend(lines.values(), lines.keys(), loc="outside lower center", **place)
     return fig
 
-# %% ../nbs/15_plots.ipynb #0fda83a6
+# %% ../nbs/15_plots.ipynb #1c18497d
 def draw_boxes(
     ax: Axes,
     image: Image.Image | np.ndarray | None,  # photograph; none: boxes are added to what is there
@@ -139,7 +139,7 @@ def draw_boxes(
         label = dict(boxstyle="square,pad=0.15", fc="white", ec="none", alpha=0.75)
         ax.text(x1, y1, text, fontsize=6.5, va="top", bbox=label, clip_on=True)
 
-# %% ../nbs/15_plots.ipynb #53bfd200
+# %% ../nbs/15_plots.ipynb #a640690e
 def match_boxes(
     found: dict[str, Tensor],  # `boxes` (D×4, x₁, y₁, x₂, y₂), `scores`, `labels`
     truth: dict[str, Tensor],  # `boxes` (G×4), `labels`, `iscrowd`
@@ -162,7 +162,7 @@ def match_boxes(
                 break
     return match
 
-# %% ../nbs/15_plots.ipynb #8c81b2aa
+# %% ../nbs/15_plots.ipynb #319ac58c
 def pick_images(
     images: CocoImages,
     results: list[dict],  # detections in COCO's format; their number decides between images with as many objects
@@ -175,7 +175,7 @@ def pick_images(
     places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
     return [order[place][-1] for place in places]
 
-# %% ../nbs/15_plots.ipynb #b4bdaa29
+# %% ../nbs/15_plots.ipynb #8a6b86a0
 def plot_detections(
     images: CocoImages,
     detections: dict[str, list[dict]],  # name, such as "teacher", to detections in COCO's format
@@ -239,7 +239,7 @@ def _found(images: CocoImages, results: list[dict], image_id: int, score_thresho
         "labels": torch.tensor([images.category_ids.index(r["category_id"]) for r in mine], dtype=torch.int64),
     }
 
-# %% ../nbs/15_plots.ipynb #ba4d7064
+# %% ../nbs/15_plots.ipynb #098f750b
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -285,7 +285,7 @@ def _lines(runs: Sequence[RunSummary]) -> list[str]:
     roles = [run.config.role for run in runs]
     return [LINES[roles[:i].count(role) % len(LINES)] for i, role in enumerate(roles)]
 
-# %% ../nbs/15_plots.ipynb #f857ee55
+# %% ../nbs/15_plots.ipynb #f027c9da
 def runs_table(
     runs: Sequence[str | os.PathLike],  # run folders
     images: CocoImages | None = None,  # validation photographs; the most common size gives the column "GMAC"
@@ -310,7 +310,7 @@ def _gmac(config: ModelConfig, images: CocoImages) -> float:
     (size, _), = Counter(map(tuple, images.sizes.tolist())).most_common(1)
     return detector_flops(build_model(config), resized_size(*size, config.short_side, config.max_side)) / 1e9
 
-# %% ../nbs/15_plots.ipynb #aee7d80f
+# %% ../nbs/15_plots.ipynb #8f69fc61
 class PublishedModel(NamedTuple):
     "A row of the paper's results."
 
@@ -368,7 +368,7 @@ def plot_capacity(
     axs[1].legend(title="numbers: width", loc="lower right")
     return fig
 
-# %% ../nbs/15_plots.ipynb #157390ff
+# %% ../nbs/15_plots.ipynb #26dd33b0
 def plot_sizes(
     runs: Sequence[str | os.PathLike],  # run folders
 ) -> Figure:
@@ -397,7 +397,7 @@ def plot_sizes(
     if summaries: ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/15_plots.ipynb #ba5e20ee
+# %% ../nbs/15_plots.ipynb #c75c7160
 def plot_precision_recall(
     runs: Sequence[str | os.PathLike],  # run folders; those without a `detections.json` are left out
     annotations: str | os.PathLike | COCO,  # annotation file of the validation split, or its index
@@ -423,7 +423,7 @@ def plot_precision_recall(
     ax.legend(title="area under the curve (%)", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/15_plots.ipynb #86b6fb33
+# %% ../nbs/15_plots.ipynb #fff7130d
 @torch.no_grad()
 def fusion_scores(
     model: Teacher,  # is put into evaluation mode
@@ -461,7 +461,7 @@ def plot_fusion_scores(
     ax.legend(handles=[dots[0], mean, even], loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/15_plots.ipynb #a2425ee4
+# %% ../nbs/15_plots.ipynb #961fbee8
 def save_figure(
     figure: Figure,
     path: str | os.PathLike,  # PNG file; its folder is made if it is missing

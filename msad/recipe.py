@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'TREES', 'Recipe', 'lr_at', 'distillation_weight_at', 'make_optimizer', 'adapt']
 
-# %% ../nbs/12_recipe.ipynb #10bb2635
+# %% ../nbs/12_recipe.ipynb #768c4227
 import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-# %% ../nbs/12_recipe.ipynb #29b9ea0d
+# %% ../nbs/12_recipe.ipynb #7142e65e
 @dataclass(frozen=True)
 class Recipe:
     "How to train. Raises a `ValueError` that names the field when a value makes no sense."
@@ -75,7 +75,7 @@ def make_optimizer(
     if recipe.optimizer == "sgd": return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=recipe.lr)
 
-# %% ../nbs/12_recipe.ipynb #59d65e18
+# %% ../nbs/12_recipe.ipynb #b1b2397c
 PUBLISHED = {
     ("teacher", 0.25): Recipe(90_000, 16, 0.01, drops=(60_000, 80_000)),
     ("teacher", 0.5): Recipe(180_000, 8, 0.01, drops=(120_000, 160_000)),
@@ -87,13 +87,13 @@ PUBLISHED = {
     ("student", 1.0): Recipe(90_000, 16, 0.01, drops=(60_000, 80_000)),
 }
 
-# %% ../nbs/12_recipe.ipynb #f481725a
+# %% ../nbs/12_recipe.ipynb #d559fada
 TREES = {
     "teacher": Recipe(900, 8, 2e-3, "adamw", "cosine", warmup=90, weight_decay=0.05, flips="all"),
     "student": Recipe(800, 8, 1e-3, "adamw", "cosine", (), 80, 240, 0.02, weight_decay=0.05, flips="all"),
 }
 
-# %% ../nbs/12_recipe.ipynb #b478e13e
+# %% ../nbs/12_recipe.ipynb #f4b8563f
 def adapt(
     recipe: Recipe,
     iterations: int | None = None,  # none: the recipe's

@@ -8,7 +8,7 @@ __all__ = ['RUN_FILES', 'repository', 'data_folder', 'default_folder', 'resolve_
            'final_file', 'prepare', 'plan_state', 'find_teacher', 'evaluate_model', 'duration', 'run', 'initial_model',
            'EvaluateSettings', 'evaluate_run', 'finished_runs']
 
-# %% ../nbs/16_runs.ipynb #ecf64ea7
+# %% ../nbs/16_runs.ipynb #3a23c2da
 import hashlib
 import json
 import math
@@ -35,7 +35,7 @@ from .plots import pick_images, plot_detections, plot_losses, save_figure
 from .recipe import PUBLISHED, TREES, Recipe, adapt
 from .train import fit, read_log, seconds_per_step
 
-# %% ../nbs/16_runs.ipynb #f652943f
+# %% ../nbs/16_runs.ipynb #3dc821e5
 def repository() -> Path | None:
     "The repository's root: the nearest folder above (or the one this package lies in) with the bundled photographs."
     here = Path.cwd()
@@ -59,7 +59,7 @@ def default_folder(data: str | Path, kind: str, width: float) -> Path:
     "Where a run goes unless it is told otherwise: runs/DATA/KIND-wWIDTH under the repository."
     return (repository() or Path.cwd()) / "runs" / Path(data).name / f"{kind}-w{width:g}"
 
-# %% ../nbs/16_runs.ipynb #7e231dc4
+# %% ../nbs/16_runs.ipynb #4b202c23
 def resolve_device(
     devices: str | int,  # "auto", "cpu" or a number of devices
 ) -> torch.device:
@@ -110,7 +110,7 @@ class TrainSettings:
         "The run folder."
         return Path(self.out).expanduser().resolve() if self.out else default_folder(self.data, self.role, self.width)
 
-# %% ../nbs/16_runs.ipynb #015804ba
+# %% ../nbs/16_runs.ipynb #101453d1
 def model_config(
     settings: TrainSettings,
     images: CocoImages,  # to learn from
@@ -156,7 +156,7 @@ def base_recipe(settings: TrainSettings) -> Recipe:
     "The recipe of a role: for the bundled photographs, or the published one of the width."
     return TREES[settings.role] if settings.data == "trees" else PUBLISHED[settings.role, float(settings.width)]
 
-# %% ../nbs/16_runs.ipynb #bbcb1293
+# %% ../nbs/16_runs.ipynb #70accaf0
 RUN_FILES = ("settings.json", "log.jsonl", "checkpoint.pth", "model_final.pth", "detections.json", "metrics.json")
 
 
@@ -209,7 +209,7 @@ def folder_state(
         raise ValueError(f"out: {folder} holds another run ({'; '.join(said)}); give another out or its settings")
     return "finished" if (folder / "metrics.json").exists() else "unfinished"
 
-# %% ../nbs/16_runs.ipynb #8c67b511
+# %% ../nbs/16_runs.ipynb #7448641b
 @dataclass(frozen=True)
 class Plan:
     "What a training run is about to do; printing it says so."
@@ -330,7 +330,7 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
     free = dict(role="teacher", weights=None, out=None, iterations=None, batch_size=None, lr=None, resume=True)
     return file, prepare(replace(settings, **free))
 
-# %% ../nbs/16_runs.ipynb #3861ef16
+# %% ../nbs/16_runs.ipynb #d5cdfe42
 def evaluate_model(
     model: Teacher | Student,
     images: CocoImages,
@@ -405,7 +405,7 @@ def initial_model(plan: Plan) -> tuple[torch.nn.Module, str]:
     if plan.weights: return model, load_weights(model, plan.weights)
     return model, "The weights start from nothing (the seed decides)"
 
-# %% ../nbs/16_runs.ipynb #24edcd55
+# %% ../nbs/16_runs.ipynb #744429b6
 @dataclass(frozen=True)
 class EvaluateSettings:
     "What the evaluation notebook is asked to do. Raises a `ValueError` that names the field."
@@ -474,7 +474,7 @@ def evaluate_run(
     evaluate_model(model, images, folder, short_side, max_side, settings.workers)
     return folder
 
-# %% ../nbs/16_runs.ipynb #d7933696
+# %% ../nbs/16_runs.ipynb #34d11b54
 def finished_runs(
     runs: Sequence[str | Path] | str | Path,  # run folders
 ) -> list[Path]:

@@ -1,4 +1,4 @@
-"The run notebooks through papermill as a person starts them: real kernels, real files, from a folder within the repository."
+"The run notebooks through papermill as a person starts them: real kernels, real files, any working directory."
 
 import json
 import os
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_coco
 
-SMALL = ["-p", "iterations", "2", "-p", "batch_size", "2", "-p", "short_side", "64", "-p", "max_side", "96", "-p", "neck_channels", "64"]
+SIZES = {"iterations": 2, "batch_size": 2, "short_side": 64, "max_side": 96, "neck_channels": 64}
+SMALL = [word for name, value in SIZES.items() for word in ("-p", name, value)]
 
 
 def papermill(*arguments, cwd=ROOT):
