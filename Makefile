@@ -29,7 +29,7 @@ $(RUNS)/analysis/summary.txt: | install
 	@echo "3 of 4: evaluation of the student's file, on its own"
 	@$(PAPERMILL) nbs/evaluate.ipynb $(RUNS)/evaluate.ipynb
 	@echo "4 of 4: analysis"
-	@$(BIN)/papermill --no-progress-bar nbs/analysis.ipynb $(RUNS)/analysis.ipynb
+	@$(PAPERMILL) nbs/analysis.ipynb $(RUNS)/analysis.ipynb
 
 test: install lint  ## everything: package and notebooks agree, notebooks are clean and run, tests pass
 	$(BIN)/python tests/check_notebooks.py

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FIELDS', 'check_annotations', 'index_annotations', 'read_json', 'read_annotations', 'class_names', 'usable_boxes',
            'read_image', 'CocoImages', 'resized_size', 'TrainTransform', 'TrainImages', 'training_indices',
-           'EvalTransform', 'EvalImages', 'TrainSampler', 'collate', 'train_loader', 'eval_loader', 'DataSummary',
-           'check_data']
+           'EvalTransform', 'EvalImages', 'TrainSampler', 'collate', 'train_loader', 'eval_loader', 'batches',
+           'DataSummary', 'check_data']
 
-# %% ../nbs/10_data.ipynb #a6de4d80
+# %% ../nbs/10_data.ipynb #962776bd
 import contextlib
 import io
 import itertools
@@ -38,7 +38,7 @@ FIELDS = {
     "categories": ("id", "name"),
 }
 
-# %% ../nbs/10_data.ipynb #ddd2e4fd
+# %% ../nbs/10_data.ipynb #d0ca9b54
 def check_annotations(
     dataset: dict,  # what the JSON file holds
     name: str,  # how to call it in an error: the path of the file
@@ -107,7 +107,7 @@ def _check_values(dataset: dict, name: str, image_fields: tuple[str, ...]) -> No
             crowd = annotation["iscrowd"]
             raise ValueError(f"{name}: annotation {annotation['id']} has 'iscrowd' {crowd!r}: write 0 or 1.")
 
-# %% ../nbs/10_data.ipynb #951f0956
+# %% ../nbs/10_data.ipynb #252bd7f8
 def index_annotations(
     dataset: dict,  # a checked COCO data set
 ) -> COCO:
@@ -156,7 +156,7 @@ def class_names(
     count = Counter(str(category["name"]) for category in categories)
     return [f"{c['name']} (id {c['id']})" if count[str(c["name"])] > 1 else str(c["name"]) for c in categories]
 
-# %% ../nbs/10_data.ipynb #af426450
+# %% ../nbs/10_data.ipynb #d6f233d8
 def usable_boxes(
     boxes: np.ndarray,  # N×4, x, y, width, height in pixels, as COCO writes them
     sizes: np.ndarray | Sequence[int],  # height and width of the image, or N×2 of each box's image
@@ -172,7 +172,7 @@ def usable_boxes(
         usable = np.isfinite([x, y, w, h]).all(axis=0) & (w > 0) & (h > 0) & inside
     return clipped, usable
 
-# %% ../nbs/10_data.ipynb #0e182dcd
+# %% ../nbs/10_data.ipynb #6809ff12
 def read_image(
     path: str | os.PathLike,  # image file of any kind that Pillow reads
 ) -> Image.Image:  # RGB
@@ -197,7 +197,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535: raise ValueError("pixels are not of 8 or 16 bits")
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
-# %% ../nbs/10_data.ipynb #b7503f3e
+# %% ../nbs/10_data.ipynb #8886f25f
 class CocoImages(Dataset):
     """Photographs and boxes of `root/SPLIT/` and `root/annotations/instances_SPLIT.json`.
 
@@ -237,6 +237,10 @@ class CocoImages(Dataset):
         self.iscrowd = np.array([a.get("iscrowd", 0) for a in annotations], dtype=bool)[order]
         self.first = np.searchsorted(self.owner, np.arange(len(self.image_ids) + 1))
 
+    def __getstate__(self) -> dict:
+        "What travels to a process that loads images: the arrays, not the annotation file's objects."
+        return {**self.__dict__, "coco": None}
+
     def __len__(self) -> int:
         "Number of images."
         return len(self.image_ids)
@@ -259,7 +263,7 @@ class CocoImages(Dataset):
             "size": (image.height, image.width),
         }
 
-# %% ../nbs/10_data.ipynb #4b83d722
+# %% ../nbs/10_data.ipynb #1f9d0048
 def resized_size(
     height: int,  # of the image, pixels
     width: int,  # of the image, pixels
@@ -274,7 +278,7 @@ def resized_size(
         new_height, new_width = new_height * scale, new_width * scale
     return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
 
-# %% ../nbs/10_data.ipynb #c2061383
+# %% ../nbs/10_data.ipynb #13591442
 def _resize(
     image: Image.Image, boxes: tv_tensors.BoundingBoxes, size: tuple[int, int]
 ) -> tuple[tv_tensors.Image, tv_tensors.BoundingBoxes]:
@@ -332,7 +336,7 @@ class TrainTransform:
             "size": target["size"],
         }
 
-# %% ../nbs/10_data.ipynb #dbfac27f
+# %% ../nbs/10_data.ipynb #7bb0e9cf
 class TrainImages(Dataset):
     "Training samples: `CocoImages` seen through a `TrainTransform`, indexed by (epoch, image number)."
 
@@ -358,7 +362,7 @@ def training_indices(
     "The images to learn from: those with a box that is no crowd."
     return np.unique(images.owner[~images.iscrowd]).tolist()
 
-# %% ../nbs/10_data.ipynb #4f4fac7c
+# %% ../nbs/10_data.ipynb #ed1687c4
 class EvalTransform:
     "Resize image (to C×H×W uint8) and boxes; all else in the target stays, `size` (of the file) included."
 
@@ -397,7 +401,7 @@ class EvalImages(Dataset):
         "Image number `index` at its size for evaluation."
         return self.transform(*self.images[index])
 
-# %% ../nbs/10_data.ipynb #89a6707b
+# %% ../nbs/10_data.ipynb #b8ea13f8
 class TrainSampler:
     """Endless batches of (epoch, index) pairs; each pair comes exactly once, a batch has one orientation.
 
@@ -432,7 +436,7 @@ class TrainSampler:
                     yield bucket.copy()
                     bucket.clear()
 
-# %% ../nbs/10_data.ipynb #1e30f865
+# %% ../nbs/10_data.ipynb #114238cb
 def collate(
     samples: list[tuple[Tensor, dict]],  # of `TrainImages` or `EvalImages`
 ) -> tuple[list[Tensor], list[dict]]:  # images (C×H×W uint8) and targets
@@ -480,7 +484,18 @@ def eval_loader(
         persistent_workers=workers > 0,
     )
 
-# %% ../nbs/10_data.ipynb #c8215c9a
+# %% ../nbs/10_data.ipynb #fa071c17
+def batches(
+    loader: DataLoader,
+) -> Iterator[tuple[list[Tensor], list[dict]]]:
+    "The batches of a loader; an error of a worker process is raised as the one sentence that it is."
+    try:
+        yield from loader
+    except (ValueError, FileNotFoundError) as error:
+        sentence = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+        raise type(error)(sentence) from None
+
+# %% ../nbs/10_data.ipynb #7a746692
 @dataclass(repr=False)
 class DataSummary:
     "What a data set holds; printing it gives a few lines of text."

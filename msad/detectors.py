@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'CAFFE', 'FUSED_WEIGHT', 'TEMPERATURE', 'ROLES', 'Normalization', 'InputTransform', 'detect_in_batches',
-           'Views', 'named', 'Teacher', 'Student', 'distillation_loss', 'Distillation', 'ModelConfig', 'build_model',
-           'student_of']
+           'Views', 'named', 'goal_of', 'Teacher', 'Student', 'distillation_loss', 'Distillation', 'ModelConfig',
+           'build_model', 'student_of']
 
-# %% ../nbs/07_detectors.ipynb #9e1c5c08
+# %% ../nbs/07_detectors.ipynb #3e3a1458
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from .losses import branch_losses
 from .neck import FPN
 from .targets import Targets, assign, make_locations
 
-# %% ../nbs/07_detectors.ipynb #14e54f33
+# %% ../nbs/07_detectors.ipynb #f0625067
 @dataclass(frozen=True)
 class Normalization:
     "How pixels 0..255 become the network's input: order of channels, mean and deviation of each (in that order)."
@@ -78,7 +78,7 @@ class InputTransform(nn.Module):
             place[:, : image.shape[1], : image.shape[2]] = (image - self.mean) / self.std
         return batch
 
-# %% ../nbs/07_detectors.ipynb #d1dcb90d
+# %% ../nbs/07_detectors.ipynb #fc82078f
 def detect_in_batches(
     images: Sequence[Tensor],
     transform: InputTransform,
@@ -97,7 +97,7 @@ def detect_in_batches(
             detections[i] = {**found, "boxes": found["boxes"] / shrink}
     return detections
 
-# %% ../nbs/07_detectors.ipynb #85dc924d
+# %% ../nbs/07_detectors.ipynb #c485e279
 FUSED_WEIGHT = 0.4
 
 
@@ -113,6 +113,13 @@ class Views(NamedTuple):
 def named(losses: dict[str, Tensor], branch: str, weight: float = 1.0) -> dict[str, Tensor]:
     "`losses` of one branch, with its name and weight."
     return {f"{name}_{branch}": weight * loss for name, loss in losses.items()}
+
+
+def goal_of(pyramid: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None) -> Targets:
+    "What each location of `pyramid` should say. Raises a `ValueError` when there are no targets to learn from."
+    if targets is None:
+        raise ValueError("targets: training mode needs boxes and labels of each image; call eval() for detections")
+    return assign(make_locations(pyramid), targets)
 
 
 class Teacher(nn.Module):
@@ -147,14 +154,14 @@ class Teacher(nn.Module):
         if not self.training:
             return detect_in_batches(images, self.transform, lambda batch: self.head(self.views(batch).fused))
         views = self.views(self.transform(images))
-        goal = assign(make_locations(views.fused), targets)
+        goal = goal_of(views.fused, targets)
         return {
             **named(branch_losses(self.head(views.high), goal), "hr"),
             **named(branch_losses(self.head(views.low), goal), "lr"),
             **named(branch_losses(self.head(views.fused), goal), "fr", FUSED_WEIGHT),
         }
 
-# %% ../nbs/07_detectors.ipynb #b21ecbde
+# %% ../nbs/07_detectors.ipynb #5e97a6c0
 class Student(nn.Module):
     """A detector that sees the half-size view alone.
 
@@ -192,14 +199,14 @@ class Student(nn.Module):
             raise ValueError(f'view is {view!r}: choose "high", or "low" in evaluation mode')
         if self.training:
             pyramid = self.pyramid(low_view(self.transform(images)))
-            return self.losses(pyramid, assign(make_locations(pyramid), targets))
+            return self.losses(pyramid, goal_of(pyramid, targets))
 
         def outputs_of(batch):
             return self.head(self.pyramid(batch if view == "low" else low_view(batch)))
 
         return detect_in_batches(images, self.transform, outputs_of, view)
 
-# %% ../nbs/07_detectors.ipynb #0f52f9b7
+# %% ../nbs/07_detectors.ipynb #73f2d18f
 TEMPERATURE = 3.0
 
 
@@ -229,6 +236,16 @@ class Distillation(nn.Module):
         self.student, self.teacher, self.alpha = student, teacher.requires_grad_(False), alpha
         self.weight = 1.0
 
+    @property
+    def config(self) -> "ModelConfig":
+        "The student's."
+        return self.student.config
+
+    @property
+    def transform(self) -> InputTransform:
+        "The student's."
+        return self.student.transform
+
     def train(self, mode: bool = True) -> "Distillation":
         "Training mode for the student; the teacher stays in evaluation mode."
         super().train(mode)
@@ -246,10 +263,10 @@ class Distillation(nn.Module):
         batch = self.student.transform(images)
         pyramid = self.student.pyramid(low_view(batch))
         with torch.no_grad(): fused = self.teacher.views(batch).fused
-        losses = self.student.losses(pyramid, assign(make_locations(pyramid), targets))
+        losses = self.student.losses(pyramid, goal_of(pyramid, targets))
         return {**losses, "loss_kd": self.weight * distillation_loss(pyramid, fused, self.alpha)}
 
-# %% ../nbs/07_detectors.ipynb #7fdbe19c
+# %% ../nbs/07_detectors.ipynb #8b1a8c5d
 ROLES = ("teacher", "student")
 
 
@@ -308,7 +325,7 @@ def build_model(
     model.config = config
     return model
 
-# %% ../nbs/07_detectors.ipynb #f85696ae
+# %% ../nbs/07_detectors.ipynb #9c71cfff
 def student_of(
     teacher: Teacher,
 ) -> Student:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scale_back', 'detect_dataset']
 
-# %% ../nbs/13_inference.ipynb #b145c0e1
+# %% ../nbs/13_inference.ipynb #8fdeeda4
 import time
 
 import torch
@@ -14,9 +14,9 @@ from torchvision.ops import clip_boxes_to_image
 from tqdm import tqdm
 
 from .coco_eval import to_coco
-from .data import CocoImages, EvalTransform, eval_loader
+from .data import CocoImages, EvalTransform, batches, eval_loader
 
-# %% ../nbs/13_inference.ipynb #9ee9ca8a
+# %% ../nbs/13_inference.ipynb #38f51db2
 def scale_back(
     detections: dict[str, Tensor],  # `boxes` (M×4, pixels of the resized image), `scores`, `labels`
     resized: tuple[int, int],  # height and width of the image the detector saw
@@ -28,26 +28,27 @@ def scale_back(
     solid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     return {**{name: value[solid] for name, value in detections.items()}, "boxes": boxes[solid]}
 
-# %% ../nbs/13_inference.ipynb #604551e0
+# %% ../nbs/13_inference.ipynb #d206e13b
 @torch.inference_mode()
 def detect_dataset(
-    model: nn.Module,  # a detector with a `config` and a `transform`
+    model: nn.Module,  # a detector whose labels are ranks of the data set's category ids
     images: CocoImages,
     short_side: int,  # test size
     max_side: int,
     workers: int = 0,  # processes that decode
+    batch_size: int = 1,  # images of equal padded size that go through the network together
 ) -> tuple[list[dict], float]:  # COCO results of all images, seconds an image
     "The detections of every image of a data set, and the median time an image took."
     device = next(model.parameters()).device
     model.eval()
     results, seconds = [], []
-    loader = eval_loader(images, EvalTransform(short_side, max_side), workers=workers, divisor=model.transform.pad)
-    for batch, targets in tqdm(loader, desc="detecting", unit="image", mininterval=1):
+    loader = eval_loader(images, EvalTransform(short_side, max_side), batch_size, workers, model.transform.pad)
+    for batch, targets in tqdm(batches(loader), total=len(loader), desc="detecting", unit="batch", mininterval=1):
         started = time.perf_counter()
         detections = model(batch)
         if device.type == "cuda": torch.cuda.synchronize(device)
         seconds.append((time.perf_counter() - started) / len(batch))
         sizes = [(image.shape[-2:], target["size"]) for image, target in zip(batch, targets, strict=True)]
         detections = [scale_back(found, *size) for found, size in zip(detections, sizes, strict=True)]
-        results += to_coco(detections, [target["image_id"] for target in targets], model.config.category_ids)
+        results += to_coco(detections, [target["image_id"] for target in targets], images.category_ids)
     return results, float(torch.tensor(seconds[1:] or seconds).median())

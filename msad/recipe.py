@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'TREES', 'Recipe', 'lr_at', 'distillation_weight_at', 'make_optimizer', 'adapt']
 
-# %% ../nbs/12_recipe.ipynb #768c4227
+# %% ../nbs/12_recipe.ipynb #88ed49c9
 import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-# %% ../nbs/12_recipe.ipynb #7142e65e
+# %% ../nbs/12_recipe.ipynb #31dffebe
 @dataclass(frozen=True)
 class Recipe:
     "How to train. Raises a `ValueError` that names the field when a value makes no sense."
@@ -75,7 +75,7 @@ def make_optimizer(
     if recipe.optimizer == "sgd": return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=recipe.lr)
 
-# %% ../nbs/12_recipe.ipynb #b1b2397c
+# %% ../nbs/12_recipe.ipynb #48c61e3b
 PUBLISHED = {
     ("teacher", 0.25): Recipe(90_000, 16, 0.01, drops=(60_000, 80_000)),
     ("teacher", 0.5): Recipe(180_000, 8, 0.01, drops=(120_000, 160_000)),
@@ -87,13 +87,16 @@ PUBLISHED = {
     ("student", 1.0): Recipe(90_000, 16, 0.01, drops=(60_000, 80_000)),
 }
 
-# %% ../nbs/12_recipe.ipynb #d559fada
+# %% ../nbs/12_recipe.ipynb #a3f2b25f
 TREES = {
     "teacher": Recipe(900, 8, 2e-3, "adamw", "cosine", warmup=90, weight_decay=0.05, flips="all"),
-    "student": Recipe(800, 8, 1e-3, "adamw", "cosine", (), 80, 240, 0.02, weight_decay=0.05, flips="all"),
+    "student": Recipe(
+        800, 8, 1e-3, "adamw", "cosine", warmup=80, distillation_warmup=240, distillation_alpha=0.02, weight_decay=0.05,
+        flips="all",
+    ),  # fmt: skip
 }
 
-# %% ../nbs/12_recipe.ipynb #f4b8563f
+# %% ../nbs/12_recipe.ipynb #7dc8541d
 def adapt(
     recipe: Recipe,
     iterations: int | None = None,  # none: the recipe's

@@ -35,7 +35,7 @@ def place(tmp_path_factory):
 
 def test_from_teacher_to_analysis(place):
     common = ["-p", "data", place / "data", "-p", "devices", "cpu", "-p", "workers", "0"]
-    teacher, student = place / "teacher", place / "student"
+    teacher, student = place / "teacher-w0.25", place / "student-w0.25"
 
     done = papermill("nbs/train_teacher.ipynb", *common, *SMALL, "-p", "out", teacher)
     assert done.returncode == 0, done.stderr[-2000:]

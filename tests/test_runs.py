@@ -26,15 +26,15 @@ def finished(tmp_path_factory):
     "A data set with a finished teacher and a finished student."
     root = tmp_path_factory.mktemp("finished")
     for split in ("train2017", "val2017"): write_coco(root / "data", split)
-    run(prepare(teacher_settings(root / "data", root / "teacher")))
-    places = dict(data=str(root / "data"), teacher=str(root / "teacher"), out=str(root / "student"))
+    run(prepare(teacher_settings(root / "data", root / "teacher-w0.25")))
+    places = dict(data=str(root / "data"), teacher=str(root / "teacher-w0.25"), out=str(root / "student-w0.25"))
     run(prepare(TrainSettings("student", **places, **SMALL)))
     return root
 
 
 def test_run_folder_holds_everything(finished):
     for role in ("teacher", "student"):
-        folder = finished / role
+        folder = finished / f"{role}-w0.25"
         rows = read_log(folder)
         assert [row["iteration"] for row in rows] == [1, 2, 3]
         assert all({"loss", "lr", "seconds"} <= set(row) for row in rows)
@@ -43,22 +43,22 @@ def test_run_folder_holds_everything(finished):
         assert set(metrics["classes"]) == {"pine", "oak"} and metrics["seconds_per_image"] > 0
         assert {p.name for p in (folder / "figures").iterdir()} == {"losses.png", "detections.png"}
         assert {d["category_id"] for d in json.loads((folder / "detections.json").read_text())} <= {7, 90}
-    assert "loss_kd" in read_log(finished / "student")[0]
+    assert "loss_kd" in read_log(finished / "student-w0.25")[0]
 
 
 def test_model_rebuilds_from_its_file_alone(finished):
-    config = load_model(finished / "student").config
+    config = load_model(finished / "student-w0.25").config
     assert (config.role, config.width, config.neck_channels) == ("student", 0.25, 64)
     assert (config.class_names, config.category_ids) == (("pine", "oak"), (7, 90))
     assert (config.short_side, config.max_side, config.pad) == (128, 213, 64)
 
 
 def test_finished_run_is_shown_and_not_repeated(finished):
-    settings = teacher_settings(finished / "data", finished / "teacher", workers=1, checkpoint_every=7)
-    before = {p: p.stat().st_mtime_ns for p in (finished / "teacher").rglob("*")}
+    settings = teacher_settings(finished / "data", finished / "teacher-w0.25", workers=1, checkpoint_every=7)
+    before = {p: p.stat().st_mtime_ns for p in (finished / "teacher-w0.25").rglob("*")}
     plan = prepare(settings)
-    assert plan.state == "finished" and run(plan) == finished / "teacher"
-    assert before == {p: p.stat().st_mtime_ns for p in (finished / "teacher").rglob("*")}
+    assert plan.state == "finished" and run(plan) == finished / "teacher-w0.25"
+    assert before == {p: p.stat().st_mtime_ns for p in (finished / "teacher-w0.25").rglob("*")}
 
 
 @pytest.mark.parametrize("change, said", [
@@ -68,10 +68,10 @@ def test_finished_run_is_shown_and_not_repeated(finished):
     (dict(resume=False), "resume is false"),
 ])  # fmt: skip
 def test_folder_of_another_run_is_refused_and_untouched(finished, change, said):
-    before = {p: p.read_bytes() for p in (finished / "teacher").rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in (finished / "teacher-w0.25").rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=said):
-        prepare(teacher_settings(finished / "data", finished / "teacher", **change))
-    assert before == {p: p.read_bytes() for p in (finished / "teacher").rglob("*") if p.is_file()}
+        prepare(teacher_settings(finished / "data", finished / "teacher-w0.25", **change))
+    assert before == {p: p.read_bytes() for p in (finished / "teacher-w0.25").rglob("*") if p.is_file()}
 
 
 def test_same_seed_gives_the_same_log_and_another_seed_another(coco, tmp_path):
@@ -89,11 +89,13 @@ def test_worker_processes_change_nothing(coco, tmp_path):
     assert all(torch.equal(here[name], there[name]) for name in here)
 
 
-def test_image_that_does_not_decode_stops_the_run_and_loses_nothing(coco, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_image_that_does_not_decode_stops_the_run_and_loses_nothing(coco, tmp_path, workers):
     good = (coco / "train2017" / "3.jpg").read_bytes()
     (coco / "train2017" / "3.jpg").write_bytes(good[: len(good) // 2])
-    settings = teacher_settings(coco, tmp_path / "run", iterations=6)
-    with pytest.raises(ValueError, match=r"3\.jpg does not decode"): run(prepare(settings))
+    settings = teacher_settings(coco, tmp_path / "run", iterations=6, workers=workers)
+    with pytest.raises(ValueError, match=r"^\S+3\.jpg does not decode") as error: run(prepare(settings))
+    assert "\n" not in str(error.value)
     # The estimate looks at the first batches too, so the run may stop before its first iteration.
     done = len(read_log(tmp_path / "run"))
     assert done < 2
@@ -102,6 +104,37 @@ def test_image_that_does_not_decode_stops_the_run_and_loses_nothing(coco, tmp_pa
     run(prepare(replace(settings, out=str(tmp_path / "undisturbed"))))
     resumed, undisturbed = (load_model(tmp_path / name).state_dict() for name in ("run", "undisturbed"))
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in resumed)
+
+
+def test_interrupt_within_a_step_leaves_the_last_checkpoint(coco, tmp_path, monkeypatch):
+    settings = teacher_settings(coco, tmp_path / "run", iterations=5)
+    plan = prepare(settings)
+    step = torch.optim.SGD.step
+    counted = []
+
+    def interrupted(self, *arguments):
+        counted.append(1)
+        if len(counted) == 3 + 4: raise KeyboardInterrupt  # after three steps of the estimate, the fourth
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt): run(plan)
+    monkeypatch.undo()
+    assert len(read_log(tmp_path / "run")) == 3
+    run(prepare(settings))
+    run(prepare(replace(settings, out=str(tmp_path / "undisturbed"))))
+    resumed, undisturbed = (load_model(tmp_path / name).state_dict() for name in ("run", "undisturbed"))
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in resumed)
+    assert [row["iteration"] for row in read_log(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_damaged_training_checkpoint_is_named(coco, tmp_path):
+    settings = teacher_settings(coco, tmp_path / "run")
+    run(prepare(settings))
+    (tmp_path / "run" / "metrics.json").unlink()
+    path = tmp_path / "run" / "checkpoint.pth"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="out: .*checkpoint.pth is damaged"): run(prepare(settings))
 
 
 def test_unusable_boxes_are_counted_aloud(coco, tmp_path):
@@ -125,10 +158,12 @@ def test_unusable_boxes_are_counted_aloud(coco, tmp_path):
     (dict(lr=float("nan")), "lr is nan"),
     (dict(devices="gpu"), "devices is 'gpu'"),
     (dict(workers=-1), "workers is -1"),
+    (dict(resume="false"), "resume is 'false': write True or False"),
+    (dict(train_split=2017), "train_split is 2017"),
     (dict(short_side=200, max_side=100), "short_side is 200 and max_side 100"),
     (dict(data="nowhere"), "data folder .*nowhere does not exist"),
     (dict(train_split="train2016"), "train2016"),
-    (dict(weights="nowhere.pth"), "weights: there is no file nowhere.pth"),
+    (dict(weights="nowhere.pth"), "weights: there is no file .*nowhere.pth"),
 ])  # fmt: skip
 def test_wrong_setting(coco, tmp_path, change, said):
     changed = {**SMALL, "data": str(coco), **change}
@@ -173,12 +208,12 @@ def test_missing_teacher_on_the_bundled_photographs_is_trained_first(tmp_path, m
 @pytest.mark.parametrize("change, said", [
     (dict(width=0.5), "its width is 0.25 and the student's 0.5"),
     (dict(neck_channels=96), "its neck_channels is 64 and the student's 96"),
-    (dict(teacher="student"), "holds a student; give the file of a teacher"),
+    (dict(teacher="student-w0.25"), "holds a student; give the file of a teacher"),
     (dict(teacher="nowhere"), "teacher: there is no file"),
 ])  # fmt: skip
 def test_teacher_that_does_not_fit(finished, tmp_path, change, said):
     change = {**change, **({"teacher": str(finished / change["teacher"])} if "teacher" in change else {})}
-    changed = {**SMALL, "data": str(finished / "data"), "teacher": str(finished / "teacher"), **change}
+    changed = {**SMALL, "data": str(finished / "data"), "teacher": str(finished / "teacher-w0.25"), **change}
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         prepare(TrainSettings("student", out=str(tmp_path / "run"), **changed))
 
@@ -186,12 +221,12 @@ def test_teacher_that_does_not_fit(finished, tmp_path, change, said):
 def test_teacher_of_other_classes(finished, tmp_path):
     for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split, names=("pine", "elm"))
     with pytest.raises(ValueError, match="its class_names is pine, oak and the student's pine, elm"):
-        prepare(TrainSettings("student", data=str(tmp_path / "data"), teacher=str(finished / "teacher"), **SMALL))
+        prepare(TrainSettings("student", data=str(tmp_path / "data"), teacher=str(finished / "teacher-w0.25"), **SMALL))
 
 
 def test_fine_tuning_says_what_was_loaded(finished, tmp_path, capsys):
     for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split, ids=(1,), names=("elm",))
-    settings = teacher_settings(tmp_path / "data", tmp_path / "run", weights=str(finished / "student"))
+    settings = teacher_settings(tmp_path / "data", tmp_path / "run", weights=str(finished / "student-w0.25"))
     run(prepare(settings))
     said = capsys.readouterr().out
     assert "started anew" in said and "head.cls_logits" in said and "fusion.score" in said
@@ -199,11 +234,11 @@ def test_fine_tuning_says_what_was_loaded(finished, tmp_path, capsys):
 
 
 def test_evaluation_of_a_file(finished, tmp_path):
-    shutil.copy(finished / "student" / "model_final.pth", tmp_path / "student.pth")
+    shutil.copy(finished / "student-w0.25" / "model_final.pth", tmp_path / "student.pth")
     places = dict(model=str(tmp_path / "student.pth"), data=str(finished / "data"), out=str(tmp_path / "run"))
     settings = EvaluateSettings(**places, workers=0, devices="cpu")
     folder = evaluate_run(settings)
-    theirs, ours = (json.loads((f / "metrics.json").read_text()) for f in (finished / "student", folder))
+    theirs, ours = (json.loads((f / "metrics.json").read_text()) for f in (finished / "student-w0.25", folder))
     for metrics in (theirs, ours): metrics.pop("seconds_per_image")
     assert theirs == ours
     larger = evaluate_run(replace(settings, short_side=192, out=str(tmp_path / "larger")))
@@ -212,9 +247,30 @@ def test_evaluation_of_a_file(finished, tmp_path):
         evaluate_run(replace(settings, short_side=192))
 
 
+def test_evaluation_of_the_default_student(tmp_path, monkeypatch):
+    repository = tmp_path / "repository"
+    for split in ("train2017", "val2017"): write_coco(repository / "data" / "trees", split)
+    monkeypatch.chdir(repository)
+    with pytest.raises(FileNotFoundError, match="papermill nbs/train_student.ipynb"): evaluate_run(EvaluateSettings())
+    config = ModelConfig("student", 0.25, ("pine", "oak"), (7, 90), 64, 1, 128, 213)
+    save_model(default_folder("trees", "student", 0.25) / "model_final.pth", build_model(config))
+    folder = evaluate_run(EvaluateSettings(workers=0))
+    assert folder == default_folder("trees", "evaluate-student", 0.25) and (folder / "metrics.json").exists()
+
+
+def test_labels_are_ranks_whatever_the_ids_of_another_split(finished, tmp_path):
+    write_coco(tmp_path / "data", "val2017", ids=(1, 3))
+    settings = EvaluateSettings(
+        model=str(finished / "student-w0.25"), data=str(tmp_path / "data"), out=str(tmp_path / "run"), workers=0
+    )
+    folder = evaluate_run(settings)
+    assert {d["category_id"] for d in json.loads((folder / "detections.json").read_text())} <= {1, 3}
+
+
 def test_evaluation_on_other_classes(finished, tmp_path):
     write_coco(tmp_path / "data", "val2017", ids=(1,), names=("elm",))
-    settings = EvaluateSettings(model=str(finished / "student"), data=str(tmp_path / "data"), out=str(tmp_path / "run"))
+    places = dict(model=str(finished / "student-w0.25"), data=str(tmp_path / "data"), out=str(tmp_path / "run"))
+    settings = EvaluateSettings(**places)
     with pytest.raises(ValueError, match="knows the classes pine, oak and .* has elm"): evaluate_run(settings)
 
 
@@ -226,10 +282,10 @@ def test_validation_without_objects_gives_null(coco, tmp_path):
 
 
 def test_runs_to_compare(finished, coco, tmp_path):
-    assert len(finished_runs([finished / "teacher", finished / "student"])) == 2
+    assert len(finished_runs([finished / "teacher-w0.25", finished / "student-w0.25"])) == 2
     run(prepare(teacher_settings(coco, tmp_path / "other")))
     with pytest.raises(ValueError, match="different photographs"):
-        finished_runs([finished / "teacher", tmp_path / "other"])
+        finished_runs([finished / "teacher-w0.25", tmp_path / "other"])
     with pytest.raises(FileNotFoundError, match="no settings.json"): finished_runs([tmp_path])
 
 
