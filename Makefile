@@ -5,7 +5,7 @@ RUNS := runs/trees
 # Kernel output goes to the terminal as it comes, progress bars included.
 PAPERMILL := $(BIN)/papermill --no-progress-bar --stdout-file - --stderr-file -
 
-.PHONY: help install demo test lab lint clean
+.PHONY: help install demo test lab lint notebooks clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/:/'
@@ -41,6 +41,11 @@ lint: install  ## ruff over package, tests and notebooks
 
 lab: install  ## JupyterLab, at the table of contents
 	$(BIN)/jupyter lab nbs/index.ipynb
+
+notebooks: install  ## execute the notebooks in place, as they are committed (the run notebooks show their finished runs)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+		--CoalesceStreamsPreprocessor.enabled=True nbs/*.ipynb
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_clean
 
 clean:  ## remove the environment and what was built (never the runs)
 	rm -rf .venv build dist *.egg-info

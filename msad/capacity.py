@@ -5,27 +5,32 @@
 # %% auto #0
 __all__ = ['HIGH_SIZE', 'LOW_SIZE', 'flops', 'backbone_flops', 'capacity', 'Network', 'detector_flops']
 
-# %% ../nbs/09_capacity.ipynb #4257c3e4
+# %% ../nbs/09_capacity.ipynb #974f962f
+import copy
+import warnings
 from functools import cache
 
 import torch
-from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
 from .alignment import low_view
 from .backbone import resnet50
 from .detectors import Student, Teacher
 
+with warnings.catch_warnings():  # fvcore compiles a helper in a way that PyTorch has deprecated
+    warnings.simplefilter("ignore", FutureWarning)
+    from fvcore.nn import FlopCountAnalysis
+
 HIGH_SIZE = (800, 1333)
 LOW_SIZE = (400, 667)
 
-# %% ../nbs/09_capacity.ipynb #3c83b3a9
+# %% ../nbs/09_capacity.ipynb #f43280b2
 def flops(
     module: nn.Module,
     *inputs: Tensor,
 ) -> float:
     "Multiply-adds of `module` on these inputs, counted by fvcore; without BatchNorm, which convolutions can absorb."
-    analysis = FlopCountAnalysis(module.eval(), inputs)
+    analysis = FlopCountAnalysis(copy.deepcopy(module).eval(), inputs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     return float(sum(count for operator, count in analysis.by_operator().items() if operator != "batch_norm"))
 
@@ -49,7 +54,7 @@ def capacity(
     if role == "teacher": cost += backbone_flops(width, HIGH_SIZE)
     return cost / backbone_flops(1.0, HIGH_SIZE)
 
-# %% ../nbs/09_capacity.ipynb #bf6c5225
+# %% ../nbs/09_capacity.ipynb #a8188dcf
 class Network(nn.Module):
     "What of a detector runs on every image: from the padded high view to the outputs of the head."
 
@@ -69,5 +74,5 @@ def detector_flops(
     size: tuple[int, int] = HIGH_SIZE,  # height and width of the high view, before padding
 ) -> float:
     "Multiply-adds of the whole detector on one image in evaluation: backbone, neck, fusion and head."
-    image = torch.zeros(1, 3, *size)
-    return flops(Network(model), torch.zeros(1, 3, *model.transform.padded_size(image)))
+    padded = model.transform.padded_size(torch.empty(3, *size))
+    return flops(Network(model), model.transform.mean.new_zeros(1, 3, *padded))

@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'BLOCKS', 'write_atomically', 'save_model', 'slimmable_name
            'published_config', 'Checkpoint', 'reason', 'read_file', 'read_checkpoint', 'narrow', 'cut_state', 'restore',
            'load_model', 'load_original', 'load_weights']
 
-# %% ../nbs/08_checkpoint.ipynb #1994cc3b
+# %% ../nbs/08_checkpoint.ipynb #9f31817f
 import os
 import pickle
 import re
@@ -26,7 +26,7 @@ from .detectors import CAFFE, IMAGENET, Distillation, ModelConfig, Normalization
 
 FORMAT = "msad 1"
 
-# %% ../nbs/08_checkpoint.ipynb #83bfd38f
+# %% ../nbs/08_checkpoint.ipynb #f9ae6ddb
 def write_atomically(
     path: str | Path,  # the file to be; its folder is made if it is missing
     write: Callable[[IO[bytes]], object],  # writes the content to an open binary file
@@ -55,7 +55,7 @@ def save_model(
     contents = {"format": FORMAT, "config": model.config.to_dict(), "model": model.state_dict()}
     write_atomically(path, lambda file: torch.save(contents, file))
 
-# %% ../nbs/08_checkpoint.ipynb #3c9ccc8a
+# %% ../nbs/08_checkpoint.ipynb #a6ffeccb
 BLOCKS = [f"stages.{stage}.{block}" for stage, depth in enumerate((3, 4, 6, 3)) for block in range(depth)]
 
 
@@ -88,7 +88,7 @@ def published_part(
     others["head.scales"] = torch.cat([state[f"{prefix}_fcos_head.scales.{level}.scale"] for level in range(5)])
     return backbone, others
 
-# %% ../nbs/08_checkpoint.ipynb #013e5aa7
+# %% ../nbs/08_checkpoint.ipynb #62869b79
 def coco_classes() -> tuple[tuple[str, ...], tuple[int, ...]]:
     "COCO's 80 class names and their category ids, in the order of the labels."
     names = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
@@ -115,7 +115,7 @@ def published_config(state: dict[str, Tensor]) -> ModelConfig:
         normalization=CAFFE,
     )
 
-# %% ../nbs/08_checkpoint.ipynb #51a1cffd
+# %% ../nbs/08_checkpoint.ipynb #321c16a7
 @dataclass(frozen=True)
 class Checkpoint:
     "What a file of weights holds, under this library's names."
@@ -207,7 +207,7 @@ def cut_state(backbone: dict[str, Tensor], width: float) -> dict[str, Tensor]:
     slimmable.load_state_dict(backbone, assign=True)
     return cut(slimmable, width).state_dict()
 
-# %% ../nbs/08_checkpoint.ipynb #4aec67c4
+# %% ../nbs/08_checkpoint.ipynb #9cfc5a3a
 def restore(checkpoint: Checkpoint, config: ModelConfig, state: dict[str, Tensor], parameter: str) -> Teacher | Student:
     "The model that `config` describes, with the weights `state`, in evaluation mode."
     model = build_model(config)
@@ -251,7 +251,7 @@ def load_original(
     teacher = restore(checkpoint, teacher_config, checkpoint.teacher_state, "path")
     return Distillation(model, teacher).eval()
 
-# %% ../nbs/08_checkpoint.ipynb #c12ee2a2
+# %% ../nbs/08_checkpoint.ipynb #c12e1b36
 def load_weights(
     model: Teacher | Student,
     checkpoint: Checkpoint,
@@ -287,7 +287,7 @@ def load_weights(
 
     def modules(names): return ", ".join(dict.fromkeys(re.match(r"backbone|[a-z]+\.[a-z_0-9]+", n)[0] for n in names))
 
-    said = f"{checkpoint.path} ({checkpoint.kind}): loaded {len(taken)} of {len(fresh)} tensors ({modules(taken)})"
+    said = f"{checkpoint.path.name} ({checkpoint.kind}): loaded {len(taken)} of {len(fresh)} tensors ({modules(taken)})"
     if missing := [name for name in fresh if name not in taken]: said += f"; {otherwise}: {modules(missing)}"
     if unused := [name for name in state if name not in fresh]: said += f"; not used: {modules(unused)}"
     return said

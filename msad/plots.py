@@ -8,7 +8,7 @@ __all__ = ['ROLE_COLORS', 'LINES', 'MARKERS', 'KINDS', 'BRANCHES', 'LONG_LOG', '
            'run_labels', 'runs_table', 'PublishedModel', 'plot_capacity', 'plot_sizes', 'plot_precision_recall',
            'fusion_scores', 'plot_fusion_scores', 'save_figure']
 
-# %% ../nbs/15_plots.ipynb #6cbe2118
+# %% ../nbs/15_plots.ipynb #d52b2f26
 import math
 import os
 import re
@@ -45,7 +45,7 @@ ROLE_COLORS = {"teacher": "#D55E00", "student": "#0072B2"}
 LINES = ("-", "--", ":", "-.")
 MARKERS = {"teacher": "o", "student": "s"}
 
-# %% ../nbs/15_plots.ipynb #081ae0b1
+# %% ../nbs/15_plots.ipynb #a6503d9d
 KINDS = {
     "cls": "class (focal loss)",
     "loc": "box (GIoU loss)",
@@ -113,7 +113,7 @@ def plot_losses(
     else: fig.legend(lines.values(), lines.keys(), loc="outside lower center", **place)
     return fig
 
-# %% ../nbs/15_plots.ipynb #17408261
+# %% ../nbs/15_plots.ipynb #42084ae3
 def draw_boxes(
     ax: Axes,
     image: Image.Image | np.ndarray | None,  # photograph; none: boxes are added to what is there
@@ -139,7 +139,7 @@ def draw_boxes(
         label = dict(boxstyle="square,pad=0.15", fc="white", ec="none", alpha=0.75)
         ax.text(x1, y1, text, fontsize=6.5, va="top", bbox=label, clip_on=True)
 
-# %% ../nbs/15_plots.ipynb #7d2fc190
+# %% ../nbs/15_plots.ipynb #bdb7adbd
 def match_boxes(
     found: dict[str, Tensor],  # `boxes` (D×4, x₁, y₁, x₂, y₂), `scores`, `labels`
     truth: dict[str, Tensor],  # `boxes` (G×4), `labels`, `iscrowd`
@@ -162,7 +162,7 @@ def match_boxes(
                 break
     return match
 
-# %% ../nbs/15_plots.ipynb #162d9ea1
+# %% ../nbs/15_plots.ipynb #059e1896
 def pick_images(
     images: CocoImages,
     results: list[dict],  # detections in COCO's format; their number decides between images with as many objects
@@ -175,7 +175,7 @@ def pick_images(
     places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
     return [order[place][-1] for place in places]
 
-# %% ../nbs/15_plots.ipynb #42fd44d8
+# %% ../nbs/15_plots.ipynb #5cdcaf98
 def plot_detections(
     images: CocoImages,
     detections: dict[str, list[dict]],  # name, such as "teacher", to detections in COCO's format
@@ -239,7 +239,7 @@ def _found(images: CocoImages, results: list[dict], image_id: int, score_thresho
         "labels": torch.tensor([images.category_ids.index(r["category_id"]) for r in mine], dtype=torch.int64),
     }
 
-# %% ../nbs/15_plots.ipynb #4ef5b572
+# %% ../nbs/15_plots.ipynb #0afa0cd3
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -288,7 +288,7 @@ def _lines(runs: Sequence[RunSummary]) -> list[str]:
     roles = [run.config.role for run in runs]
     return [LINES[roles[:i].count(role) % len(LINES)] for i, role in enumerate(roles)]
 
-# %% ../nbs/15_plots.ipynb #1ef2013d
+# %% ../nbs/15_plots.ipynb #e0619762
 def runs_table(
     runs: Sequence[str | os.PathLike],  # run folders
     images: CocoImages | None = None,  # validation photographs; the most common size gives the column "GMAC"
@@ -313,7 +313,7 @@ def _gmac(config: ModelConfig, images: CocoImages) -> float:
     (size, _), = Counter(map(tuple, images.sizes.tolist())).most_common(1)
     return detector_flops(build_model(config), resized_size(*size, config.short_side, config.max_side)) / 1e9
 
-# %% ../nbs/15_plots.ipynb #994537ff
+# %% ../nbs/15_plots.ipynb #fe953094
 class PublishedModel(NamedTuple):
     "A row of the paper's results."
 
@@ -372,7 +372,7 @@ def plot_capacity(
     axs[1].legend(title="numbers: width", loc="lower right")
     return fig
 
-# %% ../nbs/15_plots.ipynb #f6a7ccb7
+# %% ../nbs/15_plots.ipynb #28bbd7fd
 def plot_sizes(
     runs: Sequence[str | os.PathLike],  # run folders
 ) -> Figure:
@@ -401,7 +401,7 @@ def plot_sizes(
     if summaries: ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/15_plots.ipynb #fff81b46
+# %% ../nbs/15_plots.ipynb #b37ee84e
 def plot_precision_recall(
     runs: Sequence[str | os.PathLike],  # run folders; those without a `detections.json` are left out
     annotations: str | os.PathLike | COCO,  # annotation file of the validation split, or its index
@@ -427,7 +427,7 @@ def plot_precision_recall(
     ax.legend(title="area under the curve (%)", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/15_plots.ipynb #d06f7f66
+# %% ../nbs/15_plots.ipynb #89a35e5f
 @torch.no_grad()
 def fusion_scores(
     model: Teacher,  # is put into evaluation mode
@@ -467,7 +467,7 @@ def plot_fusion_scores(
     ax.legend(handles=[dots[0], mean, even], loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/15_plots.ipynb #e118c6df
+# %% ../nbs/15_plots.ipynb #f6093ac9
 def save_figure(
     figure: Figure,
     path: str | os.PathLike,  # PNG file; its folder is made if it is missing
