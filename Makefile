@@ -33,7 +33,7 @@ $(RUNS)/analysis/summary.txt: | install
 
 test: install lint  ## everything: package and notebooks agree, notebooks are clean and run, tests pass
 	$(BIN)/python tests/check_notebooks.py
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest -q --durations 10 tests
 
 lint: install  ## ruff over package, tests and notebooks

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HIGH_LEVELS', 'LOW_LEVELS', 'low_view', 'CrossFusion']
 
-# %% ../nbs/06_alignment.ipynb #64b40585
+# %% ../nbs/06_alignment.ipynb #1a6e04b2
 from collections.abc import Sequence
 
 import torch
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 HIGH_LEVELS = (3, 4, 5, 6, 7)
 LOW_LEVELS = (2, 3, 4, 5, 6)
 
-# %% ../nbs/06_alignment.ipynb #e1c39464
+# %% ../nbs/06_alignment.ipynb #447d8e10
 def low_view(
     high: Tensor,  # …×H×W
 ) -> Tensor:  # …×⌈H/2⌉×⌈W/2⌉
     "Every second pixel, beginning with the first: what resizing by 0.5 with nearest neighbour gives."
     return high[..., ::2, ::2]
 
-# %% ../nbs/06_alignment.ipynb #78901296
+# %% ../nbs/06_alignment.ipynb #92f1f747
 class CrossFusion(nn.Module):
     "Crossing feature-level fusion (Qi et al., CVPR 2021): two aligned pyramids, mixed level by level."
 

@@ -6,7 +6,7 @@
 __all__ = ['WIDTHS', 'SlimmableConv2d', 'SwitchableBatchNorm2d', 'conv_bn', 'Bottleneck', 'ResNet50', 'width_index', 'set_width',
            'cut', 'resnet50']
 
-# %% ../nbs/00_backbone.ipynb #3234fd6b
+# %% ../nbs/00_backbone.ipynb #dd1172eb
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
-# %% ../nbs/00_backbone.ipynb #f9248bfc
+# %% ../nbs/00_backbone.ipynb #cc4b87dc
 class SlimmableConv2d(nn.Conv2d):
     """A convolution without bias that uses its first filters and channels, as many as the current width has.
 
@@ -55,7 +55,7 @@ class SlimmableConv2d(nn.Conv2d):
         conv.weight.data.copy_(self.weight_at(index).detach())
         return conv
 
-# %% ../nbs/00_backbone.ipynb #313f85e0
+# %% ../nbs/00_backbone.ipynb #3e94a46a
 class SwitchableBatchNorm2d(nn.Module):
     "One BatchNorm for each width; the current one is applied."
 
@@ -80,9 +80,14 @@ class SwitchableBatchNorm2d(nn.Module):
         bn.load_state_dict(self.bn[index].state_dict())
         return bn
 
-# %% ../nbs/00_backbone.ipynb #af423842
-def conv_bn(in_channels: Sequence[int], out_channels: Sequence[int], kernel_size: int, stride: int = 1) -> list:
-    "A slimmable convolution and its BatchNorm; channels are given for each width."
+# %% ../nbs/00_backbone.ipynb #84740d7d
+def conv_bn(
+    in_channels: Sequence[int],  # for each width
+    out_channels: Sequence[int],  # for each width
+    kernel_size: int,
+    stride: int = 1,
+) -> list[nn.Module]:
+    "A slimmable convolution and its BatchNorm."
     return [SlimmableConv2d(in_channels, out_channels, kernel_size, stride), SwitchableBatchNorm2d(out_channels)]
 
 
@@ -110,7 +115,7 @@ class Bottleneck(nn.Module):
         shortcut = x if self.shortcut is None else self.shortcut(x)
         return F.relu(self.body(x) + shortcut, inplace=True)
 
-# %% ../nbs/00_backbone.ipynb #4dee7662
+# %% ../nbs/00_backbone.ipynb #568725d1
 class ResNet50(nn.Module):
     "Slimmable ResNet-50: an image (N×3×H×W) → C2..C5 with `channels` channels at strides 4, 8, 16, 32."
 
@@ -144,10 +149,10 @@ class ResNet50(nn.Module):
             features.append(x)
         return features
 
-# %% ../nbs/00_backbone.ipynb #afb802f5
+# %% ../nbs/00_backbone.ipynb #1111ca5f
 def width_index(
-    width: float,
-    widths: Sequence[float] = WIDTHS,
+    width: float,  # the one to find
+    widths: Sequence[float] = WIDTHS,  # those to choose from
 ) -> int:
     "The position of `width` among `widths`; raises a `ValueError` that lists them if it is none of them."
     if width not in widths:
@@ -165,7 +170,7 @@ def set_width(
         if isinstance(module, SlimmableConv2d | SwitchableBatchNorm2d): module.width_index = index
     backbone.channels = [int(c * width) for c in (256, 512, 1024, 2048)]
 
-# %% ../nbs/00_backbone.ipynb #cd8c1ba0
+# %% ../nbs/00_backbone.ipynb #22a8c170
 def cut(
     backbone: ResNet50,
     width: float,  # one of the backbone's widths

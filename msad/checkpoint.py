@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'BLOCKS', 'write_atomically', 'save_model', 'slimmable_name
            'published_config', 'Checkpoint', 'reason', 'read_file', 'read_checkpoint', 'narrow', 'cut_state', 'restore',
            'load_model', 'load_original', 'load_weights']
 
-# %% ../nbs/08_checkpoint.ipynb #9f31817f
+# %% ../nbs/08_checkpoint.ipynb #2e3d8fbb
 import os
 import pickle
 import re
@@ -26,7 +26,7 @@ from .detectors import CAFFE, IMAGENET, Distillation, ModelConfig, Normalization
 
 FORMAT = "msad 1"
 
-# %% ../nbs/08_checkpoint.ipynb #f9ae6ddb
+# %% ../nbs/08_checkpoint.ipynb #246f77f3
 def write_atomically(
     path: str | Path,  # the file to be; its folder is made if it is missing
     write: Callable[[IO[bytes]], object],  # writes the content to an open binary file
@@ -55,7 +55,7 @@ def save_model(
     contents = {"format": FORMAT, "config": model.config.to_dict(), "model": model.state_dict()}
     write_atomically(path, lambda file: torch.save(contents, file))
 
-# %% ../nbs/08_checkpoint.ipynb #a6ffeccb
+# %% ../nbs/08_checkpoint.ipynb #7d9f08f0
 BLOCKS = [f"stages.{stage}.{block}" for stage, depth in enumerate((3, 4, 6, 3)) for block in range(depth)]
 
 
@@ -88,7 +88,7 @@ def published_part(
     others["head.scales"] = torch.cat([state[f"{prefix}_fcos_head.scales.{level}.scale"] for level in range(5)])
     return backbone, others
 
-# %% ../nbs/08_checkpoint.ipynb #62869b79
+# %% ../nbs/08_checkpoint.ipynb #24d233b0
 def coco_classes() -> tuple[tuple[str, ...], tuple[int, ...]]:
     "COCO's 80 class names and their category ids, in the order of the labels."
     names = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
@@ -115,7 +115,7 @@ def published_config(state: dict[str, Tensor]) -> ModelConfig:
         normalization=CAFFE,
     )
 
-# %% ../nbs/08_checkpoint.ipynb #321c16a7
+# %% ../nbs/08_checkpoint.ipynb #58e91556
 @dataclass(frozen=True)
 class Checkpoint:
     "What a file of weights holds, under this library's names."
@@ -207,7 +207,7 @@ def cut_state(backbone: dict[str, Tensor], width: float) -> dict[str, Tensor]:
     slimmable.load_state_dict(backbone, assign=True)
     return cut(slimmable, width).state_dict()
 
-# %% ../nbs/08_checkpoint.ipynb #9cfc5a3a
+# %% ../nbs/08_checkpoint.ipynb #17926948
 def restore(checkpoint: Checkpoint, config: ModelConfig, state: dict[str, Tensor], parameter: str) -> Teacher | Student:
     "The model that `config` describes, with the weights `state`, in evaluation mode."
     model = build_model(config)
@@ -251,7 +251,7 @@ def load_original(
     teacher = restore(checkpoint, teacher_config, checkpoint.teacher_state, "path")
     return Distillation(model, teacher).eval()
 
-# %% ../nbs/08_checkpoint.ipynb #c12e1b36
+# %% ../nbs/08_checkpoint.ipynb #a157194a
 def load_weights(
     model: Teacher | Student,
     checkpoint: Checkpoint,

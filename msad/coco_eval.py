@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'run_coco_eval', 'figures', 'class_figures', 'evaluate', 'evaluate_classes', 'to_coco']
 
-# %% ../nbs/11_coco_eval.ipynb #fdf37bff
+# %% ../nbs/11_coco_eval.ipynb #378d959c
 import contextlib
 import io
 import os
@@ -23,7 +23,7 @@ from .data import FIELDS, check_annotations, class_names, index_annotations, rea
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
-# %% ../nbs/11_coco_eval.ipynb #ee14aaaa
+# %% ../nbs/11_coco_eval.ipynb #c4c2b15c
 def _ground_truth(annotations: str | os.PathLike | COCO) -> COCO:
     given = isinstance(annotations, COCO)
     dataset, name = (annotations.dataset, "The annotations") if given else (read_json(annotations), str(annotations))
@@ -41,7 +41,7 @@ def _ground_truth(annotations: str | os.PathLike | COCO) -> COCO:
         boxes.append(box)
     return index_annotations({"images": dataset["images"], "categories": dataset["categories"], "annotations": boxes})
 
-# %% ../nbs/11_coco_eval.ipynb #01aebf0d
+# %% ../nbs/11_coco_eval.ipynb #e62a3dcf
 def _detections(results: list[dict] | str | os.PathLike, truth: COCO) -> COCO:
     given = not isinstance(results, str | os.PathLike)
     results, name = (results, "The results") if given else (read_json(results), str(results))
@@ -80,7 +80,7 @@ def _detections(results: list[dict] | str | os.PathLike, truth: COCO) -> COCO:
     dataset = truth.dataset
     return index_annotations({"images": dataset["images"], "categories": dataset["categories"], "annotations": boxes})
 
-# %% ../nbs/11_coco_eval.ipynb #3b7865b8
+# %% ../nbs/11_coco_eval.ipynb #2199abae
 def run_coco_eval(
     annotations: str | os.PathLike | COCO,  # annotation file, or its index
     results: list[dict] | str | os.PathLike,  # detections in COCO's format, or a JSON file of them; may be empty
@@ -134,7 +134,7 @@ def evaluate_classes(
     "AP of every class, see `run_coco_eval` and `class_figures`."
     return class_figures(run_coco_eval(annotations, results))
 
-# %% ../nbs/11_coco_eval.ipynb #b2967c60
+# %% ../nbs/11_coco_eval.ipynb #da0b29e5
 def to_coco(
     detections: Sequence[dict[str, Tensor]],  # per image `boxes` (N×4, x₁, y₁, x₂, y₂, pixels), `scores`, `labels`
     image_ids: Sequence[int],  # per image

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORE_THRESHOLD', 'CANDIDATES_PER_LEVEL', 'NMS_THRESHOLD', 'DETECTIONS_PER_IMAGE', 'candidates', 'detect']
 
-# %% ../nbs/05_detections.ipynb #79489cc6
+# %% ../nbs/05_detections.ipynb #d98e9e5c
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +20,7 @@ CANDIDATES_PER_LEVEL = 1000
 NMS_THRESHOLD = 0.6
 DETECTIONS_PER_IMAGE = 100
 
-# %% ../nbs/05_detections.ipynb #b98b5399
+# %% ../nbs/05_detections.ipynb #6e7a95eb
 def candidates(
     outputs: HeadOutputs,
     locations: Locations,
@@ -41,7 +41,7 @@ def candidates(
         labels.append(label)
     return torch.cat(boxes), torch.cat(scores), torch.cat(labels)
 
-# %% ../nbs/05_detections.ipynb #268ff574
+# %% ../nbs/05_detections.ipynb #1d9966d9
 def detect(
     outputs: HeadOutputs,  # of a batch
     locations: Locations,

@@ -7,7 +7,7 @@ __all__ = ['IMAGENET', 'CAFFE', 'FUSED_WEIGHT', 'TEMPERATURE', 'ROLES', 'Normali
            'Views', 'named', 'goal_of', 'Teacher', 'Student', 'distillation_loss', 'Distillation', 'ModelConfig',
            'build_model', 'student_of']
 
-# %% ../nbs/07_detectors.ipynb #3e3a1458
+# %% ../nbs/07_detectors.ipynb #05ecd38b
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from .losses import branch_losses
 from .neck import FPN
 from .targets import Targets, assign, make_locations
 
-# %% ../nbs/07_detectors.ipynb #f0625067
+# %% ../nbs/07_detectors.ipynb #27e4c74a
 @dataclass(frozen=True)
 class Normalization:
     "How pixels 0..255 become the network's input: order of channels, mean and deviation of each (in that order)."
@@ -47,7 +47,7 @@ class InputTransform(nn.Module):
     ):
         super().__init__()
         if pad <= 0 or pad % 64:
-            raise ValueError(f"pad is {pad}: choose a multiple of 64 (the two views' pyramids match only then)")
+            raise ValueError(f"pad is {pad}: choose a multiple of 64 (the low view needs one of 32)")
         self.normalization, self.pad = normalization, pad
         self.register_buffer("mean", torch.tensor(normalization.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(normalization.std)[:, None, None], persistent=False)
@@ -78,7 +78,7 @@ class InputTransform(nn.Module):
             place[:, : image.shape[1], : image.shape[2]] = (image - self.mean) / self.std
         return batch
 
-# %% ../nbs/07_detectors.ipynb #fc82078f
+# %% ../nbs/07_detectors.ipynb #fa1118d3
 def detect_in_batches(
     images: Sequence[Tensor],
     transform: InputTransform,
@@ -97,7 +97,7 @@ def detect_in_batches(
             detections[i] = {**found, "boxes": found["boxes"] / shrink}
     return detections
 
-# %% ../nbs/07_detectors.ipynb #c485e279
+# %% ../nbs/07_detectors.ipynb #4215fce5
 FUSED_WEIGHT = 0.4
 
 
@@ -161,7 +161,7 @@ class Teacher(nn.Module):
             **named(branch_losses(self.head(views.fused), goal), "fr", FUSED_WEIGHT),
         }
 
-# %% ../nbs/07_detectors.ipynb #5e97a6c0
+# %% ../nbs/07_detectors.ipynb #b7debee2
 class Student(nn.Module):
     """A detector that sees the half-size view alone.
 
@@ -206,7 +206,7 @@ class Student(nn.Module):
 
         return detect_in_batches(images, self.transform, outputs_of, view)
 
-# %% ../nbs/07_detectors.ipynb #73f2d18f
+# %% ../nbs/07_detectors.ipynb #65c4f43b
 TEMPERATURE = 3.0
 
 
@@ -266,7 +266,7 @@ class Distillation(nn.Module):
         losses = self.student.losses(pyramid, goal_of(pyramid, targets))
         return {**losses, "loss_kd": self.weight * distillation_loss(pyramid, fused, self.alpha)}
 
-# %% ../nbs/07_detectors.ipynb #8b1a8c5d
+# %% ../nbs/07_detectors.ipynb #b7855a33
 ROLES = ("teacher", "student")
 
 
@@ -325,7 +325,7 @@ def build_model(
     model.config = config
     return model
 
-# %% ../nbs/07_detectors.ipynb #9c71cfff
+# %% ../nbs/07_detectors.ipynb #881c6fb6
 def student_of(
     teacher: Teacher,
 ) -> Student:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUPS', 'HeadOutputs', 'flatten_levels', 'tower', 'FCOSHead']
 
-# %% ../nbs/03_head.ipynb #6a99021f
+# %% ../nbs/03_head.ipynb #cf930af7
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .targets import STRIDES
 
-# %% ../nbs/03_head.ipynb #2f1ec89a
+# %% ../nbs/03_head.ipynb #2b448ff5
 class HeadOutputs(NamedTuple):
     "What the head says, level by level, finest first."
 
@@ -31,7 +31,7 @@ def flatten_levels(
     "All levels behind one another, in the order of `msad.targets.make_locations`."
     return torch.cat([level.flatten(2) for level in levels], dim=2).transpose(1, 2)
 
-# %% ../nbs/03_head.ipynb #9024033f
+# %% ../nbs/03_head.ipynb #c877e52b
 GROUPS = 32
 
 
@@ -47,7 +47,7 @@ class FCOSHead(nn.Module):
     """FCOS's head (Tian et al., ICCV 2019), with centre-ness beside the box and ReLU'd distances.
 
     Convolutions start normal with deviation 0.01, biases at 0, the class logits' at −log(99). Raises a `ValueError`
-    when `channels` is no multiple of 32 from 64 on.
+    unless `channels` is a multiple of 32, and at least 64.
     """
 
     def __init__(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['giou_loss', 'mean_over_processes', 'branch_losses']
 
-# %% ../nbs/04_losses.ipynb #64304057
+# %% ../nbs/04_losses.ipynb #e7f42686
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torchvision.ops import sigmoid_focal_loss
 from .head import HeadOutputs, flatten_levels
 from .targets import Targets
 
-# %% ../nbs/04_losses.ipynb #0eb8790b
+# %% ../nbs/04_losses.ipynb #ea439935
 def giou_loss(
     predicted: Tensor,  # …×4, (l, t, r, b) ≥ 0 in strides
     target: Tensor,  # …×4, likewise
@@ -32,7 +32,7 @@ def giou_loss(
     iou = (intersection + 1) / (union + 1)
     return 1 - iou + (enclosing - union) / enclosing
 
-# %% ../nbs/04_losses.ipynb #b1d8dc8b
+# %% ../nbs/04_losses.ipynb #ceaefe9c
 def mean_over_processes(
     value: Tensor,  # a scalar of this process
 ) -> Tensor:  # without gradient
@@ -43,7 +43,7 @@ def mean_over_processes(
         value /= dist.get_world_size()
     return value
 
-# %% ../nbs/04_losses.ipynb #23351ef0
+# %% ../nbs/04_losses.ipynb #fe64c5be
 def branch_losses(
     outputs: HeadOutputs,
     targets: Targets,

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ROLE_COLORS', 'LINES', 'MARKERS', 'KINDS', 'BRANCHES', 'LONG_LOG', 'FIGURES', 'PUBLISHED_RESULTS', 'running_mean',
            'plot_losses', 'draw_boxes', 'match_boxes', 'pick_images', 'plot_detections', 'RunSummary', 'read_run',
-           'run_labels', 'runs_table', 'PublishedModel', 'plot_capacity', 'plot_sizes', 'plot_precision_recall',
+           'run_labels', 'runs_table', 'ModelPoint', 'plot_capacity', 'plot_sizes', 'plot_precision_recall',
            'fusion_scores', 'plot_fusion_scores', 'save_figure']
 
-# %% ../nbs/15_plots.ipynb #d52b2f26
+# %% ../nbs/15_plots.ipynb #8eb15663
 import math
 import os
 import re
@@ -45,7 +45,7 @@ ROLE_COLORS = {"teacher": "#D55E00", "student": "#0072B2"}
 LINES = ("-", "--", ":", "-.")
 MARKERS = {"teacher": "o", "student": "s"}
 
-# %% ../nbs/15_plots.ipynb #a6503d9d
+# %% ../nbs/15_plots.ipynb #c2fc8d85
 KINDS = {
     "cls": "class (focal loss)",
     "loc": "box (GIoU loss)",
@@ -113,7 +113,7 @@ def plot_losses(
     else: fig.legend(lines.values(), lines.keys(), loc="outside lower center", **place)
     return fig
 
-# %% ../nbs/15_plots.ipynb #42084ae3
+# %% ../nbs/15_plots.ipynb #6a210abf
 def draw_boxes(
     ax: Axes,
     image: Image.Image | np.ndarray | None,  # photograph; none: boxes are added to what is there
@@ -139,7 +139,7 @@ def draw_boxes(
         label = dict(boxstyle="square,pad=0.15", fc="white", ec="none", alpha=0.75)
         ax.text(x1, y1, text, fontsize=6.5, va="top", bbox=label, clip_on=True)
 
-# %% ../nbs/15_plots.ipynb #bdb7adbd
+# %% ../nbs/15_plots.ipynb #345d0738
 def match_boxes(
     found: dict[str, Tensor],  # `boxes` (D×4, x₁, y₁, x₂, y₂), `scores`, `labels`
     truth: dict[str, Tensor],  # `boxes` (G×4), `labels`, `iscrowd`
@@ -162,7 +162,7 @@ def match_boxes(
                 break
     return match
 
-# %% ../nbs/15_plots.ipynb #059e1896
+# %% ../nbs/15_plots.ipynb #f80cb391
 def pick_images(
     images: CocoImages,
     results: list[dict],  # detections in COCO's format; their number decides between images with as many objects
@@ -175,12 +175,12 @@ def pick_images(
     places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
     return [order[place][-1] for place in places]
 
-# %% ../nbs/15_plots.ipynb #5cdcaf98
+# %% ../nbs/15_plots.ipynb #e18909ef
 def plot_detections(
     images: CocoImages,
     detections: dict[str, list[dict]],  # name, such as "teacher", to detections in COCO's format
     image_ids: Sequence[int],  # which to show, a row each
-    score_threshold: float = 0.3,  # detections below are left out
+    score_threshold: float = 0.45,  # detections below are left out
 ) -> Figure:
     """Photographs with their true boxes, and beside them what each detector makes of them.
 
@@ -239,7 +239,7 @@ def _found(images: CocoImages, results: list[dict], image_id: int, score_thresho
         "labels": torch.tensor([images.category_ids.index(r["category_id"]) for r in mine], dtype=torch.int64),
     }
 
-# %% ../nbs/15_plots.ipynb #0afa0cd3
+# %% ../nbs/15_plots.ipynb #fe34abd0
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -288,7 +288,7 @@ def _lines(runs: Sequence[RunSummary]) -> list[str]:
     roles = [run.config.role for run in runs]
     return [LINES[roles[:i].count(role) % len(LINES)] for i, role in enumerate(roles)]
 
-# %% ../nbs/15_plots.ipynb #e0619762
+# %% ../nbs/15_plots.ipynb #6ee8ee6a
 def runs_table(
     runs: Sequence[str | os.PathLike],  # run folders
     images: CocoImages | None = None,  # validation photographs; the most common size gives the column "GMAC"
@@ -313,26 +313,26 @@ def _gmac(config: ModelConfig, images: CocoImages) -> float:
     (size, _), = Counter(map(tuple, images.sizes.tolist())).most_common(1)
     return detector_flops(build_model(config), resized_size(*size, config.short_side, config.max_side)) / 1e9
 
-# %% ../nbs/15_plots.ipynb #fe953094
-class PublishedModel(NamedTuple):
-    "A row of the paper's results."
+# %% ../nbs/15_plots.ipynb #2672aa5c
+class ModelPoint(NamedTuple):
+    "A detector in the picture of AP against capacity."
 
     role: str  # "teacher" or "student"
     width: float
-    ap: float  # box AP on COCO val2017, percent
-    capacity: float  # as printed; see `msad.capacity.capacity`
+    ap: float  # box AP, percent
+    capacity: float  # see `msad.capacity.capacity`
 
 
 # Qi et al., "Multi-Scale Aligned Distillation for Low-Resolution Detection", CVPR 2021
 PUBLISHED_RESULTS = (
-    PublishedModel("teacher", 1.0, 42.8, 1.25),
-    PublishedModel("student", 1.0, 39.9, 0.25),
-    PublishedModel("teacher", 0.75, 41.2, 0.70),
-    PublishedModel("student", 0.75, 38.8, 0.14),
-    PublishedModel("teacher", 0.5, 38.4, 0.31),
-    PublishedModel("student", 0.5, 35.7, 0.06),
-    PublishedModel("teacher", 0.25, 33.2, 0.08),
-    PublishedModel("student", 0.25, 30.3, 0.02),
+    ModelPoint("teacher", 1.0, 42.8, 1.25),
+    ModelPoint("student", 1.0, 39.9, 0.25),
+    ModelPoint("teacher", 0.75, 41.2, 0.70),
+    ModelPoint("student", 0.75, 38.8, 0.14),
+    ModelPoint("teacher", 0.5, 38.4, 0.31),
+    ModelPoint("student", 0.5, 35.7, 0.06),
+    ModelPoint("teacher", 0.25, 33.2, 0.08),
+    ModelPoint("student", 0.25, 30.3, 0.02),
 )
 
 
@@ -341,7 +341,7 @@ def plot_capacity(
 ) -> Figure:
     "AP against capacity, for the runs and for the published models; a line links teacher and student of one width."
     summaries = [read_run(folder) for folder in runs]
-    ours = [PublishedModel(r.config.role, r.config.width, r.figures["AP"], r.capacity) for r in summaries]
+    ours = [ModelPoint(r.config.role, r.config.width, r.figures["AP"], r.capacity) for r in summaries]
     ours = [model for model in ours if not math.isnan(model.ap)]
     fig, axs = plt.subplots(1, 2, figsize=(8, 3.4), dpi=80, layout="constrained")
     titles = ("these runs", "published (COCO val2017)")
@@ -372,7 +372,7 @@ def plot_capacity(
     axs[1].legend(title="numbers: width", loc="lower right")
     return fig
 
-# %% ../nbs/15_plots.ipynb #28bbd7fd
+# %% ../nbs/15_plots.ipynb #2fb2b2ff
 def plot_sizes(
     runs: Sequence[str | os.PathLike],  # run folders
 ) -> Figure:
@@ -401,7 +401,7 @@ def plot_sizes(
     if summaries: ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/15_plots.ipynb #b37ee84e
+# %% ../nbs/15_plots.ipynb #9adbc4c9
 def plot_precision_recall(
     runs: Sequence[str | os.PathLike],  # run folders; those without a `detections.json` are left out
     annotations: str | os.PathLike | COCO,  # annotation file of the validation split, or its index
@@ -427,7 +427,7 @@ def plot_precision_recall(
     ax.legend(title="area under the curve (%)", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/15_plots.ipynb #89a35e5f
+# %% ../nbs/15_plots.ipynb #adb64dbd
 @torch.no_grad()
 def fusion_scores(
     model: Teacher,  # is put into evaluation mode
@@ -467,7 +467,7 @@ def plot_fusion_scores(
     ax.legend(handles=[dots[0], mean, even], loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/15_plots.ipynb #f6093ac9
+# %% ../nbs/15_plots.ipynb #0660160f
 def save_figure(
     figure: Figure,
     path: str | os.PathLike,  # PNG file; its folder is made if it is missing

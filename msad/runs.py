@@ -9,7 +9,7 @@ __all__ = ['RUN_FILES', 'repository', 'data_name', 'data_folder', 'runs_folder',
            'file_description', 'prepare', 'plan_state', 'find_teacher', 'evaluate_model', 'duration', 'run',
            'initial_model', 'EvaluateSettings', 'evaluate_run', 'finished_runs']
 
-# %% ../nbs/16_runs.ipynb #089f9c37
+# %% ../nbs/16_runs.ipynb #33efea9e
 import hashlib
 import json
 import math
@@ -34,10 +34,10 @@ from .data import CocoImages, TrainTransform, check_data
 from .detectors import Distillation, ModelConfig, Student, Teacher, build_model, student_of
 from .inference import detect_dataset
 from .plots import pick_images, plot_detections, plot_losses, save_figure
-from .recipe import PUBLISHED, TREES, Recipe, adapt
+from .recipe import PUBLISHED_RECIPES, TREES, Recipe, adapt
 from .train import fit, read_log, read_training, seconds_per_step, trained_part
 
-# %% ../nbs/16_runs.ipynb #ff3f25b3
+# %% ../nbs/16_runs.ipynb #8d85cb4e
 def repository() -> Path | None:
     "The repository's root: the nearest folder above (or the one this package lies in) with the bundled photographs."
     here = Path.cwd()
@@ -84,9 +84,9 @@ def final_file(path: str | Path) -> Path:
     path = Path(path).expanduser().resolve()
     return path / "model_final.pth" if path.is_dir() else path
 
-# %% ../nbs/16_runs.ipynb #80067431
+# %% ../nbs/16_runs.ipynb #2d47115c
 def resolve_device(
-    devices: str | int,  # "auto", "cpu" or a number of devices
+    devices: str | int,  # "auto", "cpu" or 1
 ) -> torch.device:
     "The device to run on. Raises a `ValueError` for what is neither, and for more than one."
     if devices not in ("auto", "cpu", 1) or isinstance(devices, bool):
@@ -147,7 +147,7 @@ class TrainSettings:
         "The run folder."
         return Path(self.out).expanduser().resolve() if self.out else default_folder(self.data, self.role, self.width)
 
-# %% ../nbs/16_runs.ipynb #0d492efe
+# %% ../nbs/16_runs.ipynb #a30896d9
 def model_config(
     settings: TrainSettings,
     images: CocoImages,  # to learn from
@@ -196,9 +196,9 @@ def shorten(value: object) -> str:
 def base_recipe(settings: TrainSettings) -> Recipe:
     "The recipe of a role: for the bundled photographs, or the published one of the width."
     if data_name(settings.data) == "trees": return TREES[settings.role]
-    return PUBLISHED[settings.role, float(settings.width)]
+    return PUBLISHED_RECIPES[settings.role, float(settings.width)]
 
-# %% ../nbs/16_runs.ipynb #845190b7
+# %% ../nbs/16_runs.ipynb #c4757fcf
 RUN_FILES = ("settings.json", "log.jsonl", "checkpoint.pth", "model_final.pth", "detections.json", "metrics.json")
 
 
@@ -255,7 +255,7 @@ def folder_state(
         raise ValueError(f"out: {folder} holds another run ({'; '.join(said)}); give another out or its settings")
     return "finished" if (folder / "metrics.json").exists() else "unfinished"
 
-# %% ../nbs/16_runs.ipynb #38fbd43c
+# %% ../nbs/16_runs.ipynb #b5ce47a6
 @dataclass(frozen=True)
 class Plan:
     "What a training run is about to do; printing it says so."
@@ -314,7 +314,7 @@ class Plan:
 
 def file_description(path: Path) -> dict:
     "A file of weights as `settings.json` names it."
-    return {"file": str(path), "sha256": fingerprint(path) if path.is_file() else None}
+    return {"file": shown(path), "sha256": fingerprint(path) if path.is_file() else None}
 
 
 def prepare(
@@ -378,7 +378,7 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
             "or finish that run, or give a finished teacher"
         ) from None
 
-# %% ../nbs/16_runs.ipynb #8afe91ea
+# %% ../nbs/16_runs.ipynb #affb1ab3
 def evaluate_model(
     model: Teacher | Student,
     images: CocoImages,
@@ -454,7 +454,7 @@ def initial_model(plan: Plan) -> tuple[torch.nn.Module, str]:
     if plan.weights: return model, load_weights(model, plan.weights)
     return model, "The weights start from nothing (the seed decides)"
 
-# %% ../nbs/16_runs.ipynb #74aefaa0
+# %% ../nbs/16_runs.ipynb #9790a6e9
 @dataclass(frozen=True)
 class EvaluateSettings:
     "What the evaluation notebook is asked to do. Raises a `ValueError` that names the field."
@@ -520,7 +520,7 @@ def evaluate_run(
     evaluate_model(model, images, folder, short_side, max_side, settings.workers)
     return folder
 
-# %% ../nbs/16_runs.ipynb #5e8768cf
+# %% ../nbs/16_runs.ipynb #81deb88a
 def finished_runs(
     runs: Sequence[str | Path] | str | Path,  # run folders
 ) -> list[Path]:

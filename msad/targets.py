@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRIDES', 'RANGES', 'RADIUS', 'Locations', 'make_locations', 'Targets', 'assign']
 
-# %% ../nbs/02_targets.ipynb #5e639861
+# %% ../nbs/02_targets.ipynb #21be843a
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ STRIDES = (8, 16, 32, 64, 128)
 RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8))
 RADIUS = 1.5
 
-# %% ../nbs/02_targets.ipynb #561aba3f
+# %% ../nbs/02_targets.ipynb #908862da
 class Locations(NamedTuple):
     "The locations of all levels, one level behind the other (L in all)."
 
@@ -42,7 +42,7 @@ def make_locations(
     counts = tuple(len(p) for p in points)
     return Locations(torch.cat(points).float(), torch.cat(strides).float(), torch.cat(ranges), counts)
 
-# %% ../nbs/02_targets.ipynb #46feaa75
+# %% ../nbs/02_targets.ipynb #5b327000
 class Targets(NamedTuple):
     "What each location of each image should say."
 
