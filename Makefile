@@ -44,6 +44,7 @@ lab: install  ## JupyterLab, at the table of contents
 
 notebooks: install  ## execute the notebooks in place, as they are committed (the run notebooks show their finished runs)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+		--NotebookExporter.preprocessors=nbconvert.preprocessors.coalescestreams.CoalesceStreamsPreprocessor \
 		--CoalesceStreamsPreprocessor.enabled=True nbs/*.ipynb
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_clean
 

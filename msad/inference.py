@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scale_back', 'detect_dataset']
 
-# %% ../nbs/13_inference.ipynb #b7d73725
+# %% ../nbs/13_inference.ipynb #fc6609f1
 import time
 
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .coco_eval import to_coco
 from .data import CocoImages, EvalTransform, batches, eval_loader
 
-# %% ../nbs/13_inference.ipynb #b4271848
+# %% ../nbs/13_inference.ipynb #e426e19d
 def scale_back(
     detections: dict[str, Tensor],  # `boxes` (M×4, pixels of the resized image), `scores`, `labels`
     resized: tuple[int, int],  # height and width of the image the detector saw
@@ -28,7 +28,7 @@ def scale_back(
     solid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     return {**{name: value[solid] for name, value in detections.items()}, "boxes": boxes[solid]}
 
-# %% ../nbs/13_inference.ipynb #d934f539
+# %% ../nbs/13_inference.ipynb #b2d4665f
 @torch.inference_mode()
 def detect_dataset(
     model: nn.Module,  # a detector whose labels are ranks of the data set's category ids

@@ -8,7 +8,8 @@ __all__ = ['ROLE_COLORS', 'LINES', 'MARKERS', 'KINDS', 'BRANCHES', 'LONG_LOG', '
            'run_labels', 'runs_table', 'ModelPoint', 'plot_capacity', 'plot_sizes', 'plot_precision_recall',
            'fusion_scores', 'plot_fusion_scores', 'save_figure']
 
-# %% ../nbs/15_plots.ipynb #8eb15663
+# %% ../nbs/15_plots.ipynb #6f7eb7f2
+import io
 import math
 import os
 import re
@@ -45,7 +46,7 @@ ROLE_COLORS = {"teacher": "#D55E00", "student": "#0072B2"}
 LINES = ("-", "--", ":", "-.")
 MARKERS = {"teacher": "o", "student": "s"}
 
-# %% ../nbs/15_plots.ipynb #c2fc8d85
+# %% ../nbs/15_plots.ipynb #e1cd2803
 KINDS = {
     "cls": "class (focal loss)",
     "loc": "box (GIoU loss)",
@@ -113,7 +114,7 @@ def plot_losses(
     else: fig.legend(lines.values(), lines.keys(), loc="outside lower center", **place)
     return fig
 
-# %% ../nbs/15_plots.ipynb #6a210abf
+# %% ../nbs/15_plots.ipynb #426f7952
 def draw_boxes(
     ax: Axes,
     image: Image.Image | np.ndarray | None,  # photograph; none: boxes are added to what is there
@@ -139,7 +140,7 @@ def draw_boxes(
         label = dict(boxstyle="square,pad=0.15", fc="white", ec="none", alpha=0.75)
         ax.text(x1, y1, text, fontsize=6.5, va="top", bbox=label, clip_on=True)
 
-# %% ../nbs/15_plots.ipynb #345d0738
+# %% ../nbs/15_plots.ipynb #92b8308a
 def match_boxes(
     found: dict[str, Tensor],  # `boxes` (D×4, x₁, y₁, x₂, y₂), `scores`, `labels`
     truth: dict[str, Tensor],  # `boxes` (G×4), `labels`, `iscrowd`
@@ -162,7 +163,7 @@ def match_boxes(
                 break
     return match
 
-# %% ../nbs/15_plots.ipynb #f80cb391
+# %% ../nbs/15_plots.ipynb #ded9d0ca
 def pick_images(
     images: CocoImages,
     results: list[dict],  # detections in COCO's format; their number decides between images with as many objects
@@ -175,7 +176,7 @@ def pick_images(
     places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
     return [order[place][-1] for place in places]
 
-# %% ../nbs/15_plots.ipynb #e18909ef
+# %% ../nbs/15_plots.ipynb #09e8e407
 def plot_detections(
     images: CocoImages,
     detections: dict[str, list[dict]],  # name, such as "teacher", to detections in COCO's format
@@ -239,7 +240,7 @@ def _found(images: CocoImages, results: list[dict], image_id: int, score_thresho
         "labels": torch.tensor([images.category_ids.index(r["category_id"]) for r in mine], dtype=torch.int64),
     }
 
-# %% ../nbs/15_plots.ipynb #fe34abd0
+# %% ../nbs/15_plots.ipynb #7836a427
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -288,7 +289,7 @@ def _lines(runs: Sequence[RunSummary]) -> list[str]:
     roles = [run.config.role for run in runs]
     return [LINES[roles[:i].count(role) % len(LINES)] for i, role in enumerate(roles)]
 
-# %% ../nbs/15_plots.ipynb #6ee8ee6a
+# %% ../nbs/15_plots.ipynb #5ee8871f
 def runs_table(
     runs: Sequence[str | os.PathLike],  # run folders
     images: CocoImages | None = None,  # validation photographs; the most common size gives the column "GMAC"
@@ -313,7 +314,7 @@ def _gmac(config: ModelConfig, images: CocoImages) -> float:
     (size, _), = Counter(map(tuple, images.sizes.tolist())).most_common(1)
     return detector_flops(build_model(config), resized_size(*size, config.short_side, config.max_side)) / 1e9
 
-# %% ../nbs/15_plots.ipynb #2672aa5c
+# %% ../nbs/15_plots.ipynb #165663ef
 class ModelPoint(NamedTuple):
     "A detector in the picture of AP against capacity."
 
@@ -372,7 +373,7 @@ def plot_capacity(
     axs[1].legend(title="numbers: width", loc="lower right")
     return fig
 
-# %% ../nbs/15_plots.ipynb #2fb2b2ff
+# %% ../nbs/15_plots.ipynb #749a2684
 def plot_sizes(
     runs: Sequence[str | os.PathLike],  # run folders
 ) -> Figure:
@@ -401,7 +402,7 @@ def plot_sizes(
     if summaries: ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/15_plots.ipynb #9adbc4c9
+# %% ../nbs/15_plots.ipynb #c87bb2c1
 def plot_precision_recall(
     runs: Sequence[str | os.PathLike],  # run folders; those without a `detections.json` are left out
     annotations: str | os.PathLike | COCO,  # annotation file of the validation split, or its index
@@ -427,7 +428,7 @@ def plot_precision_recall(
     ax.legend(title="area under the curve (%)", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/15_plots.ipynb #adb64dbd
+# %% ../nbs/15_plots.ipynb #37806a66
 @torch.no_grad()
 def fusion_scores(
     model: Teacher,  # is put into evaluation mode
@@ -467,11 +468,15 @@ def plot_fusion_scores(
     ax.legend(handles=[dots[0], mean, even], loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/15_plots.ipynb #0660160f
+# %% ../nbs/15_plots.ipynb #0e347e2d
 def save_figure(
     figure: Figure,
     path: str | os.PathLike,  # PNG file; its folder is made if it is missing
+    dpi: int = 150,  # for print; less where there are many photographs
 ) -> None:
-    "Write a figure as PNG at a resolution for print, and close it."
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    "Write a figure as PNG with a palette of 256 colours, which keeps photographs small, and close it."
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    picture = Image.open(drawn).convert("RGB").quantize(256)
+    write_atomically(path, lambda file: picture.save(file, format="PNG", optimize=True))
     plt.close(figure)

@@ -9,7 +9,7 @@ __all__ = ['RUN_FILES', 'repository', 'data_name', 'data_folder', 'runs_folder',
            'file_description', 'prepare', 'plan_state', 'find_teacher', 'evaluate_model', 'duration', 'run',
            'initial_model', 'EvaluateSettings', 'evaluate_run', 'finished_runs']
 
-# %% ../nbs/16_runs.ipynb #33efea9e
+# %% ../nbs/16_runs.ipynb #2347e025
 import hashlib
 import json
 import math
@@ -37,7 +37,7 @@ from .plots import pick_images, plot_detections, plot_losses, save_figure
 from .recipe import PUBLISHED_RECIPES, TREES, Recipe, adapt
 from .train import fit, read_log, read_training, seconds_per_step, trained_part
 
-# %% ../nbs/16_runs.ipynb #8d85cb4e
+# %% ../nbs/16_runs.ipynb #3f86a5ee
 def repository() -> Path | None:
     "The repository's root: the nearest folder above (or the one this package lies in) with the bundled photographs."
     here = Path.cwd()
@@ -84,7 +84,7 @@ def final_file(path: str | Path) -> Path:
     path = Path(path).expanduser().resolve()
     return path / "model_final.pth" if path.is_dir() else path
 
-# %% ../nbs/16_runs.ipynb #2d47115c
+# %% ../nbs/16_runs.ipynb #0ed0fead
 def resolve_device(
     devices: str | int,  # "auto", "cpu" or 1
 ) -> torch.device:
@@ -147,7 +147,7 @@ class TrainSettings:
         "The run folder."
         return Path(self.out).expanduser().resolve() if self.out else default_folder(self.data, self.role, self.width)
 
-# %% ../nbs/16_runs.ipynb #a30896d9
+# %% ../nbs/16_runs.ipynb #17d7365a
 def model_config(
     settings: TrainSettings,
     images: CocoImages,  # to learn from
@@ -198,7 +198,7 @@ def base_recipe(settings: TrainSettings) -> Recipe:
     if data_name(settings.data) == "trees": return TREES[settings.role]
     return PUBLISHED_RECIPES[settings.role, float(settings.width)]
 
-# %% ../nbs/16_runs.ipynb #c4757fcf
+# %% ../nbs/16_runs.ipynb #4d7ad33a
 RUN_FILES = ("settings.json", "log.jsonl", "checkpoint.pth", "model_final.pth", "detections.json", "metrics.json")
 
 
@@ -255,7 +255,7 @@ def folder_state(
         raise ValueError(f"out: {folder} holds another run ({'; '.join(said)}); give another out or its settings")
     return "finished" if (folder / "metrics.json").exists() else "unfinished"
 
-# %% ../nbs/16_runs.ipynb #b5ce47a6
+# %% ../nbs/16_runs.ipynb #bb4ec792
 @dataclass(frozen=True)
 class Plan:
     "What a training run is about to do; printing it says so."
@@ -378,7 +378,7 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
             "or finish that run, or give a finished teacher"
         ) from None
 
-# %% ../nbs/16_runs.ipynb #affb1ab3
+# %% ../nbs/16_runs.ipynb #100f696f
 def evaluate_model(
     model: Teacher | Student,
     images: CocoImages,
@@ -391,7 +391,7 @@ def evaluate_model(
     results, seconds = detect_dataset(model, images, short_side, max_side, workers)
     write_json(folder / "detections.json", results)
     figure = plot_detections(images, {model.config.role: results}, pick_images(images, results, 4))
-    save_figure(figure, folder / "figures" / "detections.png")
+    save_figure(figure, folder / "figures" / "detections.png", dpi=90)
     evaluation = run_coco_eval(images.coco, results)
     metrics = {
         **figures(evaluation),
@@ -454,7 +454,7 @@ def initial_model(plan: Plan) -> tuple[torch.nn.Module, str]:
     if plan.weights: return model, load_weights(model, plan.weights)
     return model, "The weights start from nothing (the seed decides)"
 
-# %% ../nbs/16_runs.ipynb #9790a6e9
+# %% ../nbs/16_runs.ipynb #b55e9dc2
 @dataclass(frozen=True)
 class EvaluateSettings:
     "What the evaluation notebook is asked to do. Raises a `ValueError` that names the field."
@@ -520,7 +520,7 @@ def evaluate_run(
     evaluate_model(model, images, folder, short_side, max_side, settings.workers)
     return folder
 
-# %% ../nbs/16_runs.ipynb #81deb88a
+# %% ../nbs/16_runs.ipynb #e8f778ad
 def finished_runs(
     runs: Sequence[str | Path] | str | Path,  # run folders
 ) -> list[Path]:

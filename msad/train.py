@@ -6,7 +6,7 @@
 __all__ = ['TRAINING_FORMAT', 'trained_part', 'train_step', 'read_log', 'truncate_log', 'save_training', 'read_training',
            'load_training', 'fit', 'seconds_per_step']
 
-# %% ../nbs/14_train.ipynb #4d0de05e
+# %% ../nbs/14_train.ipynb #bfad63ad
 import copy
 import json
 import math
@@ -22,7 +22,7 @@ from .data import CocoImages, TrainTransform, batches, train_loader
 from .detectors import Distillation
 from .recipe import Recipe, distillation_weight_at, lr_at, make_optimizer
 
-# %% ../nbs/14_train.ipynb #00ac2243
+# %% ../nbs/14_train.ipynb #bffb84c1
 def trained_part(
     model: nn.Module,  # a detector, or a student beside its teacher
 ) -> nn.Module:
@@ -54,7 +54,7 @@ def train_step(
     optimizer.step()
     return values
 
-# %% ../nbs/14_train.ipynb #57b9d0bf
+# %% ../nbs/14_train.ipynb #97f1e703
 def read_log(
     folder: str | Path,  # run folder
 ) -> list[dict]:  # a row for each iteration: `iteration` (from 1), each loss, `loss` (their sum), `lr`, `seconds`
@@ -70,7 +70,7 @@ def truncate_log(folder: Path, iterations: int) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     write_atomically(folder / "log.jsonl", lambda file: file.write(text.encode()))
 
-# %% ../nbs/14_train.ipynb #a0b08972
+# %% ../nbs/14_train.ipynb #a6ad7cff
 TRAINING_FORMAT = "msad training 1"
 
 
@@ -151,7 +151,7 @@ def fit(
             if done % checkpoint_every == 0: save_training(folder, done, model, optimizer)
     save_training(folder, done, model, optimizer)
 
-# %% ../nbs/14_train.ipynb #485439fb
+# %% ../nbs/14_train.ipynb #17fa9f43
 def seconds_per_step(
     model: nn.Module,
     recipe: Recipe,
