@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'repository', 'data_name', 'data_folder', 'runs_folder', 'default_folder', 'shown', 'final_file',
-           'resolve_device', 'check_types', 'TrainSettings', 'model_config', 'scaled_max_side', 'shorten',
-           'base_recipe', 'write_json', 'fingerprint', 'flat', 'read_settings', 'folder_state', 'Plan',
+           'resolve_device', 'check_types', 'TrainSettings', 'model_config', 'knows_classes', 'scaled_max_side',
+           'shorten', 'base_recipe', 'write_json', 'fingerprint', 'flat', 'read_settings', 'folder_state', 'Plan',
            'file_description', 'prepare', 'plan_state', 'find_teacher', 'evaluate_model', 'duration', 'run',
            'initial_model', 'EvaluateSettings', 'evaluate_run', 'finished_runs']
 
-# %% ../nbs/16_runs.ipynb #2347e025
+# %% ../nbs/16_runs.ipynb #8018fcec
 import hashlib
 import json
 import math
@@ -37,7 +37,7 @@ from .plots import pick_images, plot_detections, plot_losses, save_figure
 from .recipe import PUBLISHED_RECIPES, TREES, Recipe, adapt
 from .train import fit, read_log, read_training, seconds_per_step, trained_part
 
-# %% ../nbs/16_runs.ipynb #3f86a5ee
+# %% ../nbs/16_runs.ipynb #abbc03c7
 def repository() -> Path | None:
     "The repository's root: the nearest folder above (or the one this package lies in) with the bundled photographs."
     here = Path.cwd()
@@ -84,7 +84,7 @@ def final_file(path: str | Path) -> Path:
     path = Path(path).expanduser().resolve()
     return path / "model_final.pth" if path.is_dir() else path
 
-# %% ../nbs/16_runs.ipynb #0ed0fead
+# %% ../nbs/16_runs.ipynb #e15e84ba
 def resolve_device(
     devices: str | int,  # "auto", "cpu" or 1
 ) -> torch.device:
@@ -147,7 +147,7 @@ class TrainSettings:
         "The run folder."
         return Path(self.out).expanduser().resolve() if self.out else default_folder(self.data, self.role, self.width)
 
-# %% ../nbs/16_runs.ipynb #17d7365a
+# %% ../nbs/16_runs.ipynb #d6295b5e
 def model_config(
     settings: TrainSettings,
     images: CocoImages,  # to learn from
@@ -174,12 +174,19 @@ def model_config(
     if like or weights: config = replace(config, normalization=like.normalization if like else weights.normalization)
     for name in ("width", "neck_channels", "class_names"):
         if teacher and getattr(teacher, name) != getattr(config, name):
+            if name == "class_names" and knows_classes(teacher, images): continue
             theirs, ours = getattr(teacher, name), getattr(config, name)
             raise ValueError(
                 f"teacher: its {name} is {shorten(theirs)} and the student's {shorten(ours)}; they must be the same, "
                 "so give another teacher or train one"
             )
     return config
+
+
+def knows_classes(config: ModelConfig, images: CocoImages) -> bool:
+    "Whether a model's classes are those of the data; a published file of other data than COCO only has their number."
+    nameless = config.class_names == tuple(f"class {i}" for i in range(len(images.class_names)))
+    return nameless or list(config.class_names) == images.class_names
 
 
 def scaled_max_side(short_side: int, like: ModelConfig | None) -> int:
@@ -198,7 +205,7 @@ def base_recipe(settings: TrainSettings) -> Recipe:
     if data_name(settings.data) == "trees": return TREES[settings.role]
     return PUBLISHED_RECIPES[settings.role, float(settings.width)]
 
-# %% ../nbs/16_runs.ipynb #4d7ad33a
+# %% ../nbs/16_runs.ipynb #9b50b225
 RUN_FILES = ("settings.json", "log.jsonl", "checkpoint.pth", "model_final.pth", "detections.json", "metrics.json")
 
 
@@ -255,7 +262,7 @@ def folder_state(
         raise ValueError(f"out: {folder} holds another run ({'; '.join(said)}); give another out or its settings")
     return "finished" if (folder / "metrics.json").exists() else "unfinished"
 
-# %% ../nbs/16_runs.ipynb #bb4ec792
+# %% ../nbs/16_runs.ipynb #ac8ede3c
 @dataclass(frozen=True)
 class Plan:
     "What a training run is about to do; printing it says so."
@@ -378,7 +385,7 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
             "or finish that run, or give a finished teacher"
         ) from None
 
-# %% ../nbs/16_runs.ipynb #100f696f
+# %% ../nbs/16_runs.ipynb #c02647d8
 def evaluate_model(
     model: Teacher | Student,
     images: CocoImages,
@@ -454,7 +461,7 @@ def initial_model(plan: Plan) -> tuple[torch.nn.Module, str]:
     if plan.weights: return model, load_weights(model, plan.weights)
     return model, "The weights start from nothing (the seed decides)"
 
-# %% ../nbs/16_runs.ipynb #b55e9dc2
+# %% ../nbs/16_runs.ipynb #db4d4d68
 @dataclass(frozen=True)
 class EvaluateSettings:
     "What the evaluation notebook is asked to do. Raises a `ValueError` that names the field."
@@ -491,8 +498,7 @@ def evaluate_run(
     images = CocoImages(data, settings.val_split)
     summary = check_data(data, settings.val_split, decode=False, coco=images.coco)
     config = model.config
-    nameless = config.class_names == tuple(f"class {i}" for i in range(len(images.class_names)))
-    if list(config.class_names) != images.class_names and not nameless:
+    if not knows_classes(config, images):
         raise ValueError(
             f"model: {path} knows the classes {shorten(config.class_names)} and {images.annotation_file} has "
             f"{shorten(tuple(images.class_names))}; give a model trained on these classes"
@@ -520,7 +526,7 @@ def evaluate_run(
     evaluate_model(model, images, folder, short_side, max_side, settings.workers)
     return folder
 
-# %% ../nbs/16_runs.ipynb #e8f778ad
+# %% ../nbs/16_runs.ipynb #94328fb1
 def finished_runs(
     runs: Sequence[str | Path] | str | Path,  # run folders
 ) -> list[Path]:

@@ -297,3 +297,12 @@ def test_published_teacher_size_is_kept(tmp_path):
     places = dict(data=str(tmp_path / "data"), teacher=str(tmp_path / "teacher.pth"))
     config = prepare(TrainSettings("student", **places)).config
     assert (config.pad, config.head_convs, config.short_side, config.max_side) == (256, 1, 800, 1333)
+
+
+def test_published_teacher_of_other_data_has_classes_without_names(tmp_path):
+    classes = dict(class_names=("class 0", "class 1"), category_ids=(1, 2))
+    config = ModelConfig("teacher", 0.25, neck_channels=64, head_convs=1, short_side=128, max_side=213, **classes)
+    save_model(tmp_path / "teacher.pth", build_model(config))
+    for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split)
+    places = dict(data=str(tmp_path / "data"), teacher=str(tmp_path / "teacher.pth"))
+    assert prepare(TrainSettings("student", **places)).config.class_names == ("pine", "oak")
