@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HIGH_SIZE', 'LOW_SIZE', 'flops', 'backbone_flops', 'capacity', 'Network', 'detector_flops']
 
-# %% ../nbs/09_capacity.ipynb #8cd90697
+# %% ../nbs/09_capacity.ipynb #c01d8c98
 import copy
 import warnings
 from functools import cache
@@ -24,7 +24,7 @@ with warnings.catch_warnings():  # fvcore compiles a helper in a way that PyTorc
 HIGH_SIZE = (800, 1333)
 LOW_SIZE = (400, 667)
 
-# %% ../nbs/09_capacity.ipynb #48e77d04
+# %% ../nbs/09_capacity.ipynb #8678a291
 def flops(
     module: nn.Module,
     *inputs: Tensor,
@@ -54,7 +54,7 @@ def capacity(
     if role == "teacher": cost += backbone_flops(width, HIGH_SIZE)
     return cost / backbone_flops(1.0, HIGH_SIZE)
 
-# %% ../nbs/09_capacity.ipynb #ec3181dc
+# %% ../nbs/09_capacity.ipynb #90ba21a1
 class Network(nn.Module):
     "What of a detector runs on every image: from the padded high view to the outputs of the head."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRIDES', 'RANGES', 'RADIUS', 'Locations', 'make_locations', 'Targets', 'assign']
 
-# %% ../nbs/02_targets.ipynb #21be843a
+# %% ../nbs/02_targets.ipynb #b9a7b0ad
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ STRIDES = (8, 16, 32, 64, 128)
 RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8))
 RADIUS = 1.5
 
-# %% ../nbs/02_targets.ipynb #908862da
+# %% ../nbs/02_targets.ipynb #f6c97357
 class Locations(NamedTuple):
     "The locations of all levels, one level behind the other (L in all)."
 
@@ -42,7 +42,7 @@ def make_locations(
     counts = tuple(len(p) for p in points)
     return Locations(torch.cat(points).float(), torch.cat(strides).float(), torch.cat(ranges), counts)
 
-# %% ../nbs/02_targets.ipynb #5b327000
+# %% ../nbs/02_targets.ipynb #85bdd5eb
 class Targets(NamedTuple):
     "What each location of each image should say."
 
