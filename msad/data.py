@@ -8,14 +8,14 @@ __all__ = ['FIELDS', 'check_annotations', 'index_annotations', 'read_json', 'rea
            'EvalTransform', 'EvalImages', 'TrainSampler', 'collate', 'train_loader', 'eval_loader', 'batches',
            'DataSummary', 'check_data']
 
-# %% ../nbs/10_data.ipynb #52105d13
+# %% ../nbs/10_data.ipynb #d62dc1ec
 import contextlib
 import io
 import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -38,7 +38,7 @@ FIELDS = {
     "categories": ("id", "name"),
 }
 
-# %% ../nbs/10_data.ipynb #2faeea26
+# %% ../nbs/10_data.ipynb #c12b88aa
 def check_annotations(
     dataset: dict,  # what the JSON file holds
     name: str,  # how to call it in an error: the path of the file
@@ -107,7 +107,7 @@ def _check_values(dataset: dict, name: str, image_fields: tuple[str, ...]) -> No
             crowd = annotation["iscrowd"]
             raise ValueError(f"{name}: annotation {annotation['id']} has 'iscrowd' {crowd!r}: write 0 or 1.")
 
-# %% ../nbs/10_data.ipynb #105d158e
+# %% ../nbs/10_data.ipynb #c6c5c1e0
 def index_annotations(
     dataset: dict,  # a checked COCO data set
 ) -> COCO:
@@ -156,7 +156,7 @@ def class_names(
     count = Counter(str(category["name"]) for category in categories)
     return [f"{c['name']} (id {c['id']})" if count[str(c["name"])] > 1 else str(c["name"]) for c in categories]
 
-# %% ../nbs/10_data.ipynb #1044ac19
+# %% ../nbs/10_data.ipynb #66ea399a
 def usable_boxes(
     boxes: np.ndarray,  # N×4, x, y, width, height in pixels, as COCO writes them
     sizes: np.ndarray | Sequence[int],  # height and width of the image, or N×2 of each box's image
@@ -172,7 +172,7 @@ def usable_boxes(
         usable = np.isfinite([x, y, w, h]).all(axis=0) & (w > 0) & (h > 0) & inside
     return clipped, usable
 
-# %% ../nbs/10_data.ipynb #6a1a6e01
+# %% ../nbs/10_data.ipynb #16d56c8d
 def read_image(
     path: str | os.PathLike,  # image file of any kind that Pillow reads
 ) -> Image.Image:  # RGB
@@ -197,7 +197,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535: raise ValueError("pixels are not of 8 or 16 bits")
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
-# %% ../nbs/10_data.ipynb #c59cb055
+# %% ../nbs/10_data.ipynb #a580d262
 class CocoImages(Dataset):
     """Photographs and boxes of `root/SPLIT/` and `root/annotations/instances_SPLIT.json`.
 
@@ -263,7 +263,7 @@ class CocoImages(Dataset):
             "size": (image.height, image.width),
         }
 
-# %% ../nbs/10_data.ipynb #066891d7
+# %% ../nbs/10_data.ipynb #5acd03e9
 def resized_size(
     height: int,  # of the image, pixels
     width: int,  # of the image, pixels
@@ -278,7 +278,7 @@ def resized_size(
         new_height, new_width = new_height * scale, new_width * scale
     return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
 
-# %% ../nbs/10_data.ipynb #583a8f9d
+# %% ../nbs/10_data.ipynb #0f84a7ae
 def _resize(
     image: Image.Image, boxes: tv_tensors.BoundingBoxes, size: tuple[int, int]
 ) -> tuple[tv_tensors.Image, tv_tensors.BoundingBoxes]:
@@ -336,7 +336,7 @@ class TrainTransform:
             "size": target["size"],
         }
 
-# %% ../nbs/10_data.ipynb #c994fe53
+# %% ../nbs/10_data.ipynb #09aacecc
 class TrainImages(Dataset):
     "Training samples: `CocoImages` seen through a `TrainTransform`, indexed by (epoch, image number)."
 
@@ -362,7 +362,7 @@ def training_indices(
     "The images to learn from: those with a box that is no crowd."
     return np.unique(images.owner[~images.iscrowd]).tolist()
 
-# %% ../nbs/10_data.ipynb #146c1d80
+# %% ../nbs/10_data.ipynb #cc6f59d3
 class EvalTransform:
     "Resize image (to C×H×W uint8) and boxes; all else in the target stays, `size` (of the file) included."
 
@@ -401,7 +401,7 @@ class EvalImages(Dataset):
         "Image number `index` at its size for evaluation."
         return self.transform(*self.images[index])
 
-# %% ../nbs/10_data.ipynb #9d1171f6
+# %% ../nbs/10_data.ipynb #4251f284
 class TrainSampler:
     """Endless batches of (epoch, index) pairs; each pair comes exactly once, a batch has one orientation.
 
@@ -436,13 +436,23 @@ class TrainSampler:
                     yield bucket.copy()
                     bucket.clear()
 
-# %% ../nbs/10_data.ipynb #1cfca876
+# %% ../nbs/10_data.ipynb #c34c38c2
 def collate(
     samples: list[tuple[Tensor, dict]],  # of `TrainImages` or `EvalImages`
 ) -> tuple[list[Tensor], list[dict]]:  # images (C×H×W uint8) and targets
     "A batch as two lists, since images differ in size."
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
+
+
+def _loader(samples: Dataset, batch_sampler: Iterable, workers: int) -> DataLoader:
+    return DataLoader(
+        samples,
+        batch_sampler=batch_sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        persistent_workers=workers > 0,
+    )
 
 
 def train_loader(
@@ -454,13 +464,7 @@ def train_loader(
 ) -> DataLoader:
     "Endless batches of training samples, the same whatever the number of workers."
     sampler = TrainSampler(images.sizes, training_indices(images), batch_size, transform.seed, start)
-    return DataLoader(
-        TrainImages(images, transform),
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        persistent_workers=workers > 0,
-    )
+    return _loader(TrainImages(images, transform), sampler, workers)
 
 
 def eval_loader(
@@ -476,15 +480,9 @@ def eval_loader(
         size = resized_size(height, width, transform.short_side, transform.max_side)
         groups.setdefault(tuple(-(-side // divisor) for side in size), []).append(index)
     batches = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
-    return DataLoader(
-        EvalImages(images, transform),
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=collate,
-        persistent_workers=workers > 0,
-    )
+    return _loader(EvalImages(images, transform), batches, workers)
 
-# %% ../nbs/10_data.ipynb #88bbade2
+# %% ../nbs/10_data.ipynb #810569ad
 def batches(
     loader: DataLoader,
 ) -> Iterator[tuple[list[Tensor], list[dict]]]:
@@ -495,7 +493,7 @@ def batches(
         sentence = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
         raise type(error)(sentence) from None
 
-# %% ../nbs/10_data.ipynb #007001b2
+# %% ../nbs/10_data.ipynb #7b2db0eb
 @dataclass(repr=False)
 class DataSummary:
     "What a data set holds; printing it gives a few lines of text."
