@@ -8,12 +8,13 @@ __all__ = ['FIELDS', 'check_annotations', 'index_annotations', 'read_json', 'rea
            'EvalTransform', 'EvalImages', 'TrainSampler', 'collate', 'train_loader', 'eval_loader', 'batches',
            'DataSummary', 'check_data']
 
-# %% ../nbs/10_data.ipynb #d62dc1ec
+# %% ../nbs/10_data.ipynb #08d523d6
 import contextlib
 import io
 import itertools
 import json
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -401,12 +402,12 @@ class EvalImages(Dataset):
         "Image number `index` at its size for evaluation."
         return self.transform(*self.images[index])
 
-# %% ../nbs/10_data.ipynb #4251f284
+# %% ../nbs/10_data.ipynb #57c359f7
 class TrainSampler:
     """Endless batches of (epoch, index) pairs; each pair comes exactly once, a batch has one orientation.
 
-    Iterating always begins with batch number `start`, and goes on like a sampler that began with batch 0.
-    Raises ValueError without indices.
+    Iterating always begins with batch number `start`, and goes on like a sampler that began with batch 0. Of several
+    processes each gets its share of every batch. Raises ValueError without indices.
     """
 
     def __init__(
@@ -416,14 +417,17 @@ class TrainSampler:
         batch_size: int,  # images a batch
         seed: int,  # of the order
         start: int = 0,  # number of the first batch
+        rank: int = 0,  # number of this process
+        world_size: int = 1,  # processes that share a batch
     ):
         if len(indices) == 0: raise ValueError("There is no image to learn from: the annotation file needs a box.")
         self.landscape = sizes[:, 1] > sizes[:, 0]
         self.indices, self.batch_size, self.seed, self.start = np.asarray(indices), batch_size, seed, start
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         "Batches from number `start` on, without end."
-        return itertools.islice(self._batches(), self.start, None)
+        for batch in itertools.islice(self._batches(), self.start, None): yield batch[self.rank :: self.world_size]
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
         buckets = ([], [])
@@ -436,7 +440,7 @@ class TrainSampler:
                     yield bucket.copy()
                     bucket.clear()
 
-# %% ../nbs/10_data.ipynb #c34c38c2
+# %% ../nbs/10_data.ipynb #cd45ba82
 def collate(
     samples: list[tuple[Tensor, dict]],  # of `TrainImages` or `EvalImages`
 ) -> tuple[list[Tensor], list[dict]]:  # images (C×H×W uint8) and targets
@@ -452,7 +456,13 @@ def _loader(samples: Dataset, batch_sampler: Iterable, workers: int) -> DataLoad
         num_workers=workers,
         collate_fn=collate,
         persistent_workers=workers > 0,
+        worker_init_fn=_ignore_signals,
     )
+
+
+def _ignore_signals(worker: int) -> None:
+    # Whoever stops a run may signal all of its processes; those that decode serve until the one they serve is done.
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
 
 
 def train_loader(
@@ -461,9 +471,13 @@ def train_loader(
     batch_size: int,  # images a batch
     start: int = 0,  # number of the first batch, to resume
     workers: int = 0,  # processes that decode; 0 decodes in this one
+    rank: int = 0,  # number of this process
+    world_size: int = 1,  # processes that share a batch
 ) -> DataLoader:
-    "Endless batches of training samples, the same whatever the number of workers."
-    sampler = TrainSampler(images.sizes, training_indices(images), batch_size, transform.seed, start)
+    "Endless batches of training samples (this process's share of each), the same whatever the number of workers."
+    sampler = TrainSampler(
+        images.sizes, training_indices(images), batch_size, transform.seed, start, rank, world_size
+    )
     return _loader(TrainImages(images, transform), sampler, workers)
 
 
@@ -473,14 +487,16 @@ def eval_loader(
     batch_size: int = 1,  # images a batch at most
     workers: int = 0,  # processes that decode; 0 decodes in this one
     divisor: int = 256,  # the model pads to a multiple of this, pixels
+    rank: int = 0,  # number of this process
+    world_size: int = 1,  # processes that share the images
 ) -> DataLoader:
-    "Every image once, ordered so that a batch holds images of one padded size only."
+    "Every image once (in one of the processes), ordered so that a batch holds images of one padded size only."
     groups = {}
     for index, (height, width) in enumerate(images.sizes.tolist()):
         size = resized_size(height, width, transform.short_side, transform.max_side)
         groups.setdefault(tuple(-(-side // divisor) for side in size), []).append(index)
     batches = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
-    return _loader(EvalImages(images, transform), batches, workers)
+    return _loader(EvalImages(images, transform), batches[rank::world_size], workers)
 
 # %% ../nbs/10_data.ipynb #810569ad
 def batches(

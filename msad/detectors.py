@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'CAFFE', 'FUSED_WEIGHT', 'TEMPERATURE', 'ROLES', 'Normalization', 'InputTransform', 'detect_in_batches',
-           'Views', 'named', 'goal_of', 'Teacher', 'Student', 'distillation_loss', 'Distillation', 'ModelConfig',
-           'build_model', 'student_of']
+           'Views', 'named', 'goal_of', 'shared_normalizers', 'Teacher', 'Student', 'distillation_loss', 'Distillation',
+           'ModelConfig', 'build_model', 'student_of']
 
-# %% ../nbs/07_detectors.ipynb #05ecd38b
+# %% ../nbs/07_detectors.ipynb #916e4bba
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
@@ -19,11 +19,11 @@ from .alignment import HIGH_LEVELS, LOW_LEVELS, CrossFusion, low_view
 from .backbone import ResNet50, resnet50, width_index
 from .detections import detect
 from .head import FCOSHead, HeadOutputs
-from .losses import branch_losses
+from .losses import Normalizers, branch_losses, normalizers
 from .neck import FPN
-from .targets import Targets, assign, make_locations
+from .targets import STRIDES, Targets, assign, make_locations
 
-# %% ../nbs/07_detectors.ipynb #27e4c74a
+# %% ../nbs/07_detectors.ipynb #951feb48
 @dataclass(frozen=True)
 class Normalization:
     "How pixels 0..255 become the network's input: order of channels, mean and deviation of each (in that order)."
@@ -62,14 +62,22 @@ class InputTransform(nn.Module):
         height, width = image.shape[-2:]
         return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
+    def batch_size(
+        self,
+        images: Sequence[Tensor],  # C×H×W
+        view: str = "high",
+    ) -> tuple[int, int]:
+        "Height and width of the batch that `images` become: the largest of each, padded."
+        sizes = [self.padded_size(image, view) for image in images]
+        return tuple(max(side) for side in zip(*sizes, strict=True))
+
     def forward(
         self,
         images: Sequence[Tensor],  # RGB 3×H×W, uint8 0..255 or float 0..1, any sizes
         view: str = "high",
     ) -> Tensor:  # N×3×H×W, as large as the largest image padded
         "The batch that enters the network."
-        sizes = [self.padded_size(image, view) for image in images]
-        height, width = (max(side) for side in zip(*sizes, strict=True))
+        height, width = self.batch_size(images, view)
         batch = self.mean.new_zeros(len(images), 3, height, width)
         for image, place in zip(images, batch, strict=True):
             image = image.to(self.mean.device)
@@ -97,7 +105,7 @@ def detect_in_batches(
             detections[i] = {**found, "boxes": found["boxes"] / shrink}
     return detections
 
-# %% ../nbs/07_detectors.ipynb #4215fce5
+# %% ../nbs/07_detectors.ipynb #8f3524a1
 FUSED_WEIGHT = 0.4
 
 
@@ -120,6 +128,19 @@ def goal_of(pyramid: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | No
     if targets is None:
         raise ValueError("targets: training mode needs boxes and labels of each image; call eval() for detections")
     return assign(make_locations(pyramid), targets)
+
+
+def shared_normalizers(
+    transform: InputTransform,
+    parts: Sequence[tuple[Sequence[Tensor], Sequence[dict[str, Tensor]]]],  # images and targets of each
+) -> Normalizers:
+    "What the losses of a batch that is learned from in parts are divided by, before a part goes through the network."
+    goals = []
+    for images, targets in parts:
+        height, width = transform.batch_size(images)
+        sizes = [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
+        goals.append(goal_of([transform.mean.new_empty(0, 0, *size) for size in sizes], targets))
+    return normalizers(goals)
 
 
 class Teacher(nn.Module):
@@ -149,19 +170,21 @@ class Teacher(nn.Module):
         self,
         images: Sequence[Tensor],  # RGB 3×H×W, uint8 0..255 or float 0..1
         targets: Sequence[dict[str, Tensor]] | None = None,  # `boxes` (M×4, xyxy, pixels), `labels` (M); for training
+        norms: Normalizers | None = None,  # of the whole batch, if this is a part of one
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         "Losses in training mode, detections in evaluation mode."
         if not self.training:
             return detect_in_batches(images, self.transform, lambda batch: self.head(self.views(batch).fused))
         views = self.views(self.transform(images))
         goal = goal_of(views.fused, targets)
+        if norms is None: norms = normalizers([goal])
         return {
-            **named(branch_losses(self.head(views.high), goal), "hr"),
-            **named(branch_losses(self.head(views.low), goal), "lr"),
-            **named(branch_losses(self.head(views.fused), goal), "fr", FUSED_WEIGHT),
+            **named(branch_losses(self.head(views.high), goal, norms), "hr"),
+            **named(branch_losses(self.head(views.low), goal, norms), "lr"),
+            **named(branch_losses(self.head(views.fused), goal, norms), "fr", FUSED_WEIGHT),
         }
 
-# %% ../nbs/07_detectors.ipynb #b7debee2
+# %% ../nbs/07_detectors.ipynb #47254226
 class Student(nn.Module):
     """A detector that sees the half-size view alone.
 
@@ -184,14 +207,16 @@ class Student(nn.Module):
         self,
         pyramid: Sequence[Tensor],  # from `pyramid`
         goal: Targets,
+        norms: Normalizers | None = None,  # of the whole batch, if this is a part of one
     ) -> dict[str, Tensor]:
         "The three losses against the labels."
-        return named(branch_losses(self.head(pyramid), goal), "st")
+        return named(branch_losses(self.head(pyramid), goal, norms), "st")
 
     def forward(
         self,
         images: Sequence[Tensor],  # RGB 3×H×W, uint8 0..255 or float 0..1
         targets: Sequence[dict[str, Tensor]] | None = None,  # `boxes` (M×4, xyxy, pixels), `labels` (M); for training
+        norms: Normalizers | None = None,  # of the whole batch, if this is a part of one
         view: str = "high",  # what `images` are: "high", or (in evaluation) "low" of half the size
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         "Losses in training mode, detections in evaluation mode. Raises a `ValueError` for an unknown `view`."
@@ -199,14 +224,14 @@ class Student(nn.Module):
             raise ValueError(f'view is {view!r}: choose "high", or "low" in evaluation mode')
         if self.training:
             pyramid = self.pyramid(low_view(self.transform(images)))
-            return self.losses(pyramid, goal_of(pyramid, targets))
+            return self.losses(pyramid, goal_of(pyramid, targets), norms)
 
         def outputs_of(batch):
             return self.head(self.pyramid(batch if view == "low" else low_view(batch)))
 
         return detect_in_batches(images, self.transform, outputs_of, view)
 
-# %% ../nbs/07_detectors.ipynb #65c4f43b
+# %% ../nbs/07_detectors.ipynb #bb4f090a
 TEMPERATURE = 3.0
 
 
@@ -256,6 +281,7 @@ class Distillation(nn.Module):
         self,
         images: Sequence[Tensor],
         targets: Sequence[dict[str, Tensor]] | None = None,
+        norms: Normalizers | None = None,
         view: str = "high",
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         "Losses in training mode, the student's detections in evaluation mode; arguments as for `Student`."
@@ -263,7 +289,7 @@ class Distillation(nn.Module):
         batch = self.student.transform(images)
         pyramid = self.student.pyramid(low_view(batch))
         with torch.no_grad(): fused = self.teacher.views(batch).fused
-        losses = self.student.losses(pyramid, goal_of(pyramid, targets))
+        losses = self.student.losses(pyramid, goal_of(pyramid, targets), norms)
         return {**losses, "loss_kd": self.weight * distillation_loss(pyramid, fused, self.alpha)}
 
 # %% ../nbs/07_detectors.ipynb #b7855a33

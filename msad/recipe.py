@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-# %% ../nbs/12_recipe.ipynb #0a0348d4
+# %% ../nbs/12_recipe.ipynb #a92ef383
 @dataclass(frozen=True)
 class Recipe:
     "How to train. Raises a `ValueError` that names a field whose value makes no sense."
@@ -28,13 +28,21 @@ class Recipe:
     distillation_alpha: float = 0.2  # α, the size of the distillation loss
     weight_decay: float = 1e-4  # on everything but the affine parameters of norm layers
     flips: str = "horizontal"  # see `msad.data.TrainTransform`
+    precision: str = "fp32"  # of the network: "fp32", "bf16" or "fp16"; losses and weights are always fp32
+    batch_norm: str = "trained"  # or "fixed": its statistics stay those of the weights to start from
 
     def __post_init__(self):
         for name in ("iterations", "batch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}: choose a whole number from 1 on")
-        for name, choices in (("optimizer", ("sgd", "adamw")), ("schedule", ("steps", "cosine"))):
+        choices_of = {
+            "optimizer": ("sgd", "adamw"),
+            "schedule": ("steps", "cosine"),
+            "precision": ("fp32", "bf16", "fp16"),
+            "batch_norm": ("trained", "fixed"),
+        }
+        for name, choices in choices_of.items():
             value = getattr(self, name)
             if value not in choices: raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
         if not 0 < self.lr < math.inf: raise ValueError(f"lr is {self.lr!r}: choose a number above 0")
