@@ -7,7 +7,7 @@ __all__ = ['IMAGENET', 'CAFFE', 'FUSED_WEIGHT', 'TEMPERATURE', 'ROLES', 'Normali
            'Views', 'named', 'goal_of', 'shared_normalizers', 'Teacher', 'Student', 'distillation_loss', 'Distillation',
            'ModelConfig', 'build_model', 'student_of']
 
-# %% ../nbs/07_detectors.ipynb #916e4bba
+# %% ../nbs/07_detectors.ipynb #b85363e7
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from .alignment import HIGH_LEVELS, LOW_LEVELS, CrossFusion, low_view
 from .backbone import ResNet50, resnet50, width_index
 from .detections import detect
 from .head import FCOSHead, HeadOutputs
-from .losses import Normalizers, branch_losses, normalizers
+from .losses import Normalizers, at_least_float32, branch_losses, normalizers
 from .neck import FPN
 from .targets import STRIDES, Targets, assign, make_locations
 
@@ -231,7 +231,7 @@ class Student(nn.Module):
 
         return detect_in_batches(images, self.transform, outputs_of, view)
 
-# %% ../nbs/07_detectors.ipynb #bb4f090a
+# %% ../nbs/07_detectors.ipynb #d95c9ea7
 TEMPERATURE = 3.0
 
 
@@ -241,7 +241,9 @@ def distillation_loss(
     alpha: float = 0.2,
 ) -> Tensor:  # scalar
     "α·T times the mean absolute difference of each level, summed over the levels (Qi et al., CVPR 2021)."
-    distances = [(s.float() - f.float()).abs().mean() for s, f in zip(student, fused, strict=True)]
+    distances = [
+        (at_least_float32(s) - at_least_float32(f)).abs().mean() for s, f in zip(student, fused, strict=True)
+    ]
     return alpha * TEMPERATURE * torch.stack(distances).sum()
 
 

@@ -50,7 +50,7 @@ def report(path: Path, text: str) -> None:
     except FileExistsError:
         pass
 
-# %% ../nbs/20_launch.ipynb #7ca03416
+# %% ../nbs/20_launch.ipynb #c314b190
 def main() -> None:
     "`python -m msad.launch ORDERS`: start the workers through PyTorch's elastic launcher and wait for them."
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -60,6 +60,9 @@ def main() -> None:
     orders = json.loads(sys.argv[1])
     error_file = Path(orders["error_file"])
     stop_with_parent(orders["parent"], 2 * GRACE)
+    # The workers of a new start would find the addresses of the last one in a store that the launcher keeps, see
+    # https://github.com/pytorch/pytorch/issues/135712. So each start gets a store of its own.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.update({LAUNCHER: str(os.getpid()), ERROR_FILE: str(error_file)})
     alone = orders["nnodes"] == 1
     config = LaunchConfig(

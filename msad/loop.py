@@ -120,7 +120,7 @@ def peak_memory(
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
 
-# %% ../nbs/17_loop.ipynb #c5cc7ef5
+# %% ../nbs/17_loop.ipynb #48527bd8
 CANNOT_GO_ON = 1  # what a process says that has no next batch; signals have higher numbers
 
 
@@ -178,9 +178,11 @@ def fit(
                 stop.at_once = True  # all is saved, and an evaluation may take long
                 if stop.received: stop.leave(stop.received)
                 share_buffers(model)
+                if done == recipe.iterations: bar.close()
                 figures, figure = evaluate(done)
                 if log: log.evaluation({"iteration": done, **figures}, figure)
                 set_training(model, recipe)
+                bar.unpause()
                 stop.at_once = False
             if done >= recipe.iterations: return figures
 

@@ -171,7 +171,7 @@ def settings_dict(
         if values[name] is not None: values[name] = str(Path(values[name]).expanduser().resolve())
     return {**values, "data": data_name(values["data"])}
 
-# %% ../nbs/19_runs.ipynb #51a55744
+# %% ../nbs/19_runs.ipynb #ff21ae3c
 def model_config(
     settings: TrainSettings,
     images: CocoImages,  # to learn from
@@ -233,8 +233,8 @@ def recipe_of(
     parts = processes * settings.accumulate
     if recipe.batch_size % parts:
         raise ValueError(
-            f"batch_size is {recipe.batch_size}, which {processes} processes learn from in {settings.accumulate} parts "
-            f"each: choose a multiple of {parts}, or other devices and accumulate"
+            f"batch_size is {recipe.batch_size}, to be shared by processes ({processes}) and their parts "
+            f"({settings.accumulate}): choose a multiple of {parts}, or other devices and accumulate"
         )
     return replace(recipe, precision=settings.precision, batch_norm=settings.batch_norm)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Plan', 'prepare', 'plan_state', 'find_teacher', 'duration', 'initial_model', 'train', 'better', 'run', 'main']
 
-# %% ../nbs/22_train.ipynb #58da7b2b
+# %% ../nbs/22_train.ipynb #c5f7f7cc
 import argparse
 import math
 import os
@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint, load_model, load_weights, read_checkpoint, s
 from .data import CocoImages, TrainTransform, check_data
 from .detectors import Distillation, ModelConfig, build_model, student_of
 from .evaluation import evaluate_model, write_evaluation
-from .launch import launch, worker
+from .launch import LAUNCHER, launch, worker
 from .log import read_log
 from .loop import fit, seconds_per_step
 from .plots import plot_losses, save_figure
@@ -47,7 +47,7 @@ from msad.runs import (
     write_json,
 )
 
-# %% ../nbs/22_train.ipynb #c00711c9
+# %% ../nbs/22_train.ipynb #85c85b8e
 @dataclass(frozen=True)
 class Plan:
     "What a training run is about to do; printing it says so."
@@ -160,7 +160,8 @@ def prepare(
         if teacher_plan: teacher_config = teacher_plan.config
         else: teacher_config = load_model(teacher, "teacher", role="teacher").config
     config = model_config(settings, images, weights, teacher_config)
-    if weights: load_weights(build_model(config), weights)
+    with torch.device("meta"): model = build_model(config)
+    if weights: load_weights(model.to_empty(device="cpu"), weights)
     processes = int(os.environ["WORLD_SIZE"]) if launched() else processes_of(settings.devices) * settings.nnodes
     plan = Plan(
         settings, config, recipe_of(settings, processes), images, val_images, tuple(summaries), "new", weights, teacher,
@@ -205,7 +206,7 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
             "or finish that run, or give a finished teacher"
         ) from None
 
-# %% ../nbs/22_train.ipynb #4080a0b5
+# %% ../nbs/22_train.ipynb #cda916a2
 def duration(seconds: float) -> str:
     "A time for people."
     if seconds < 90: return f"{seconds:.0f} seconds"
@@ -258,12 +259,13 @@ def _train(plan: Plan) -> None:
         detector, sizes = trained_part(model), (plan.config.short_side, plan.config.max_side)
         evaluation = evaluate_model(detector, plan.val_images, *sizes, settings.workers)
         if evaluation is None: return {}, None
-        save_figure(plot_losses(read_log(folder)), folder / "figures" / "losses.png")
-        save_figure(evaluation.figure, folder / "figures" / "detections.png", dpi=90)
-        earlier = [row["AP"] for row in read_log(folder, "evaluations.jsonl") if row["iteration"] < iteration]
-        if settings.eval_every and better(evaluation.metrics["AP"], earlier):
+        earlier = [row for row in read_log(folder, "evaluations.jsonl") if row["iteration"] < iteration]
+        if settings.eval_every and better(evaluation.metrics["AP"], [row["AP"] for row in earlier]):
             save_model(folder / "model_best.pth", detector)
+        curves = plot_losses(read_log(folder), [*earlier, {**evaluation.metrics, "iteration": iteration}])
+        save_figure(curves, folder / "figures" / "losses.png")
         if iteration == recipe.iterations: save_model(folder / "model_final.pth", detector)
+        else: save_figure(evaluation.figure, folder / "figures" / "detections.png", dpi=90)
         return evaluation.metrics, evaluation.figure
 
     fit(
@@ -280,7 +282,7 @@ def better(
     "Whether an AP is the best so far."
     return not math.isnan(ap) and all(other is None or ap > other for other in earlier)
 
-# %% ../nbs/22_train.ipynb #d4affe63
+# %% ../nbs/22_train.ipynb #fdfa3a38
 def run(
     plan: Plan,
 ) -> Path:  # the run folder
@@ -318,7 +320,7 @@ def main() -> None:
             plan = prepare(settings)
         except (ValueError, FileNotFoundError) as error:
             sys.exit(str(error))
-        if local_rank() == 0: print(plan, flush=True)
+        if local_rank() == 0 and LAUNCHER not in os.environ: print(plan, flush=True)  # else the notebook has said it
         with joined(resolve_device(settings.devices)): run(plan)
 
 # %% ../nbs/22_train.ipynb #4fdf38d2

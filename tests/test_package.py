@@ -18,7 +18,8 @@ SOURCES = sorted(path for path in (ROOT / "msad").glob("*.py") if not path.name.
 MODULES = [path.stem for path in SOURCES]
 PARTS = ("backbone", "neck", "targets", "head", "losses", "detections", "alignment")
 MODEL = (*PARTS, "detectors", "checkpoint", "capacity")
-ORDER = (*MODEL, "data", "coco_eval", "recipe", "inference", "train", "plots", "runs")
+RUNNING = ("processes", "inference", "log", "resume", "loop", "plots", "runs", "launch", "evaluation", "train")
+ORDER = (*MODEL, "data", "coco_eval", "recipe", *RUNNING)
 
 FROM_WHEEL = """
 import importlib, importlib.abc, pkgutil, sys

@@ -10,8 +10,11 @@ from conftest import write_coco
 
 from msad.checkpoint import load_model, read_checkpoint, save_model
 from msad.detectors import ModelConfig, build_model
-from msad.runs import EvaluateSettings, TrainSettings, default_folder, evaluate_run, finished_runs, prepare, run
-from msad.train import read_log
+from msad.evaluation import EvaluateSettings, evaluate_run
+from msad.log import read_log
+from msad.resume import checkpoints
+from msad.runs import TrainSettings, default_folder, finished_runs
+from msad.train import prepare, run
 
 SIZES = dict(neck_channels=64, iterations=3, batch_size=2, short_side=128, max_side=213)
 SMALL = dict(**SIZES, workers=0, devices="cpu", checkpoint_every=2)
@@ -63,7 +66,10 @@ def test_finished_run_is_shown_and_not_repeated(finished):
 
 @pytest.mark.parametrize("change, said", [
     (dict(seed=5), "seed: 0 there, 5 now"),
-    (dict(iterations=4), "recipe.iterations: 3 there, 4 now"),
+    (dict(iterations=2), "recipe.iterations: 3 there, 2 now"),
+    (dict(width=0.5), "width: 0.25 there, 0.5 now"),
+    (dict(neck_channels=96), "model.neck_channels: 64 there, 96 now"),
+    (dict(precision="bf16"), "recipe.precision: fp32 there, bf16 now"),
     (dict(short_side=64, max_side=64), "model.short_side: 128 there, 64 now"),
     (dict(resume=False), "resume is false"),
 ])  # fmt: skip
@@ -78,7 +84,7 @@ def test_same_seed_gives_the_same_log_and_another_seed_another(coco, tmp_path):
     logs = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(prepare(teacher_settings(coco, tmp_path / name, seed=seed)))
-        logs[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in read_log(tmp_path / name)]
+        logs[name] = [{k: v for k, v in row.items() if "seconds" not in k} for row in read_log(tmp_path / name)]
     assert logs["a"] == logs["b"] != logs["c"]
 
 
@@ -128,13 +134,57 @@ def test_interrupt_within_a_step_leaves_the_last_checkpoint(coco, tmp_path, monk
     assert [row["iteration"] for row in read_log(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
-def test_damaged_training_checkpoint_is_named(coco, tmp_path):
-    settings = teacher_settings(coco, tmp_path / "run")
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(coco, tmp_path, capsys):
+    settings = teacher_settings(coco, tmp_path / "run", iterations=6, keep_checkpoints=2)
     run(prepare(settings))
+    before = load_model(tmp_path / "run").state_dict()
+    newest, second = checkpoints(tmp_path / "run")
+    assert (newest.stem, second.stem) == ("00000006", "00000004")
     (tmp_path / "run" / "metrics.json").unlink()
-    path = tmp_path / "run" / "checkpoint.pth"
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="out: .*checkpoint.pth is damaged"): run(prepare(settings))
+    newest.write_bytes(newest.read_bytes()[:5000])
+    capsys.readouterr()
+    run(prepare(settings))
+    assert f"{newest} is damaged; going on from iteration 4" in capsys.readouterr().out
+    after = load_model(tmp_path / "run").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    (tmp_path / "run" / "metrics.json").unlink()
+    for path in checkpoints(tmp_path / "run"): path.write_bytes(b"")
+    with pytest.raises(ValueError, match="out: all checkpoints in .*checkpoints are damaged"): run(prepare(settings))
+
+
+def test_finished_run_can_be_made_longer(coco, tmp_path):
+    settings = teacher_settings(coco, tmp_path / "run", iterations=2)
+    run(prepare(settings))
+    longer = replace(settings, iterations=4, checkpoint_every=1, workers=1)
+    assert prepare(longer).state == "unfinished"
+    run(prepare(longer))
+    assert [row["iteration"] for row in read_log(tmp_path / "run")] == [1, 2, 3, 4]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["iterations"] == 4
+    assert prepare(longer).state == "finished"
+
+
+def test_evaluation_on_the_way_keeps_the_best(coco, tmp_path):
+    run(prepare(teacher_settings(coco, tmp_path / "plain", iterations=4)))
+    folder = run(prepare(teacher_settings(coco, tmp_path / "run", iterations=4, eval_every=2)))
+    rows = read_log(folder, "evaluations.jsonl")
+    assert [row["iteration"] for row in rows] == [2, 4] and "seconds_per_image" in rows[0]
+    final, plain, best = (
+        load_model(path).state_dict() for path in (folder, tmp_path / "plain", folder / "model_best.pth")
+    )
+    assert all(torch.equal(final[name], plain[name]) for name in final)  # evaluating changes nothing
+    same = all(torch.equal(final[name], best[name]) for name in final)
+    assert same == (rows[1]["AP"] > rows[0]["AP"])
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_half_precision_trains_alike(finished, tmp_path):
+    weights = str(finished / "teacher-w0.25")
+    common = dict(weights=weights, iterations=6, batch_norm="fixed")
+    full = run(prepare(teacher_settings(finished / "data", tmp_path / "fp32", **common)))
+    half = run(prepare(teacher_settings(finished / "data", tmp_path / "bf16", **common, precision="bf16")))
+    losses = [[row["loss"] for row in read_log(folder)] for folder in (full, half)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_unusable_boxes_are_counted_aloud(coco, tmp_path):
@@ -157,6 +207,15 @@ def test_unusable_boxes_are_counted_aloud(coco, tmp_path):
     (dict(batch_size=2.5), "batch_size is 2.5"),
     (dict(lr=float("nan")), "lr is nan"),
     (dict(devices="gpu"), "devices is 'gpu'"),
+    (dict(devices=0), "devices is 0"),
+    (dict(devices=3), "batch_size is 2, to be shared by processes .3.*choose a multiple of 3"),
+    (dict(accumulate=4), "choose a multiple of 4"),
+    (dict(precision="fp8"), "precision is 'fp8': choose one of fp32, bf16, fp16"),
+    (dict(batch_norm="frozen"), "batch_norm is 'frozen': choose one of trained, fixed"),
+    (dict(eval_every=0), "eval_every is 0"),
+    (dict(nnodes=2), "rdzv_endpoint is missing: write HOST:PORT"),
+    (dict(nnodes=2, node_rank=2, rdzv_endpoint="a:1"), "node_rank is 2 of 2 nnodes"),
+    (dict(short_side=64, max_side=64, accumulate=2), "one value a channel"),
     (dict(workers=-1), "workers is -1"),
     (dict(resume="false"), "resume is 'false': write True or False"),
     (dict(train_split=2017), "train_split is 2017"),
@@ -240,7 +299,7 @@ def test_evaluation_of_a_file(finished, tmp_path):
     folder = evaluate_run(settings)
     theirs, ours = (json.loads((f / "metrics.json").read_text()) for f in (finished / "student-w0.25", folder))
     for metrics in (theirs, ours): metrics.pop("seconds_per_image")
-    assert theirs == ours
+    assert theirs == {**ours, "iterations": 3}
     larger = evaluate_run(replace(settings, short_side=192, out=str(tmp_path / "larger")))
     assert json.loads((larger / "settings.json").read_text())["model"]["max_side"] == round(213 * 192 / 128)
     with pytest.raises(ValueError, match="model.short_side: 128 there, 192 now"):
