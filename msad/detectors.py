@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'CAFFE', 'FUSED_WEIGHT', 'TEMPERATURE', 'ROLES', 'Normalization', 'InputTransform', 'detect_in_batches',
-           'Views', 'named', 'goal_of', 'shared_normalizers', 'Teacher', 'Student', 'distillation_loss', 'Distillation',
-           'ModelConfig', 'build_model', 'student_of']
+           'Views', 'named', 'goal_of', 'WholeBatch', 'whole_batch', 'Teacher', 'Student', 'distillation_loss',
+           'Distillation', 'ModelConfig', 'build_model', 'student_of']
 
 # %% ../nbs/07_detectors.ipynb #b85363e7
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from .losses import Normalizers, at_least_float32, branch_losses, normalizers
 from .neck import FPN
 from .targets import STRIDES, Targets, assign, make_locations
 
-# %% ../nbs/07_detectors.ipynb #951feb48
+# %% ../nbs/07_detectors.ipynb #6aa29c3f
 @dataclass(frozen=True)
 class Normalization:
     "How pixels 0..255 become the network's input: order of channels, mean and deviation of each (in that order)."
@@ -75,9 +75,10 @@ class InputTransform(nn.Module):
         self,
         images: Sequence[Tensor],  # RGB 3×H×W, uint8 0..255 or float 0..1, any sizes
         view: str = "high",
-    ) -> Tensor:  # N×3×H×W, as large as the largest image padded
+        size: tuple[int, int] | None = None,  # height and width of the batch; none: of the largest image, padded
+    ) -> Tensor:  # N×3×H×W
         "The batch that enters the network."
-        height, width = self.batch_size(images, view)
+        height, width = size or self.batch_size(images, view)
         batch = self.mean.new_zeros(len(images), 3, height, width)
         for image, place in zip(images, batch, strict=True):
             image = image.to(self.mean.device)
@@ -105,7 +106,7 @@ def detect_in_batches(
             detections[i] = {**found, "boxes": found["boxes"] / shrink}
     return detections
 
-# %% ../nbs/07_detectors.ipynb #8f3524a1
+# %% ../nbs/07_detectors.ipynb #5ba60c0c
 FUSED_WEIGHT = 0.4
 
 
@@ -130,17 +131,22 @@ def goal_of(pyramid: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | No
     return assign(make_locations(pyramid), targets)
 
 
-def shared_normalizers(
+class WholeBatch(NamedTuple):
+    "What the parts of a batch, here and in other processes, need to know of the whole."
+
+    size: tuple[int, int]  # height and width to pad to
+    norms: Normalizers  # what the losses are divided by
+
+
+def whole_batch(
     transform: InputTransform,
-    parts: Sequence[tuple[Sequence[Tensor], Sequence[dict[str, Tensor]]]],  # images and targets of each
-) -> Normalizers:
-    "What the losses of a batch that is learned from in parts are divided by, before a part goes through the network."
-    goals = []
-    for images, targets in parts:
-        height, width = transform.batch_size(images)
-        sizes = [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
-        goals.append(goal_of([transform.mean.new_empty(0, 0, *size) for size in sizes], targets))
-    return normalizers(goals)
+    parts: Sequence[Sequence[dict[str, Tensor]]],  # targets of each part
+    size: tuple[int, int],  # height and width that all parts are padded to
+) -> WholeBatch:
+    "What the parts of a batch have in common, before any of them goes through the network."
+    sizes = [[-(-side // stride) for side in size] for stride in STRIDES]
+    pyramid = [transform.mean.new_empty(0, 0, *level) for level in sizes]
+    return WholeBatch(size, normalizers([goal_of(pyramid, targets) for targets in parts]))
 
 
 class Teacher(nn.Module):
@@ -170,12 +176,13 @@ class Teacher(nn.Module):
         self,
         images: Sequence[Tensor],  # RGB 3×H×W, uint8 0..255 or float 0..1
         targets: Sequence[dict[str, Tensor]] | None = None,  # `boxes` (M×4, xyxy, pixels), `labels` (M); for training
-        norms: Normalizers | None = None,  # of the whole batch, if this is a part of one
+        whole: WholeBatch | None = None,  # the batch that this is a part of
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         "Losses in training mode, detections in evaluation mode."
         if not self.training:
             return detect_in_batches(images, self.transform, lambda batch: self.head(self.views(batch).fused))
-        views = self.views(self.transform(images))
+        size, norms = whole or (None, None)
+        views = self.views(self.transform(images, size=size))
         goal = goal_of(views.fused, targets)
         if norms is None: norms = normalizers([goal])
         return {
@@ -184,7 +191,7 @@ class Teacher(nn.Module):
             **named(branch_losses(self.head(views.fused), goal, norms), "fr", FUSED_WEIGHT),
         }
 
-# %% ../nbs/07_detectors.ipynb #47254226
+# %% ../nbs/07_detectors.ipynb #53d3132b
 class Student(nn.Module):
     """A detector that sees the half-size view alone.
 
@@ -216,14 +223,15 @@ class Student(nn.Module):
         self,
         images: Sequence[Tensor],  # RGB 3×H×W, uint8 0..255 or float 0..1
         targets: Sequence[dict[str, Tensor]] | None = None,  # `boxes` (M×4, xyxy, pixels), `labels` (M); for training
-        norms: Normalizers | None = None,  # of the whole batch, if this is a part of one
+        whole: WholeBatch | None = None,  # the batch that this is a part of
         view: str = "high",  # what `images` are: "high", or (in evaluation) "low" of half the size
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         "Losses in training mode, detections in evaluation mode. Raises a `ValueError` for an unknown `view`."
         if view not in ("high", "low") or (self.training and view == "low"):
             raise ValueError(f'view is {view!r}: choose "high", or "low" in evaluation mode')
         if self.training:
-            pyramid = self.pyramid(low_view(self.transform(images)))
+            size, norms = whole or (None, None)
+            pyramid = self.pyramid(low_view(self.transform(images, size=size)))
             return self.losses(pyramid, goal_of(pyramid, targets), norms)
 
         def outputs_of(batch):
@@ -231,7 +239,7 @@ class Student(nn.Module):
 
         return detect_in_batches(images, self.transform, outputs_of, view)
 
-# %% ../nbs/07_detectors.ipynb #d95c9ea7
+# %% ../nbs/07_detectors.ipynb #e18bd488
 TEMPERATURE = 3.0
 
 
@@ -283,12 +291,13 @@ class Distillation(nn.Module):
         self,
         images: Sequence[Tensor],
         targets: Sequence[dict[str, Tensor]] | None = None,
-        norms: Normalizers | None = None,
+        whole: WholeBatch | None = None,
         view: str = "high",
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         "Losses in training mode, the student's detections in evaluation mode; arguments as for `Student`."
         if not self.training: return self.student(images, view=view)
-        batch = self.student.transform(images)
+        size, norms = whole or (None, None)
+        batch = self.student.transform(images, size=size)
         pyramid = self.student.pyramid(low_view(batch))
         with torch.no_grad(): fused = self.teacher.views(batch).fused
         losses = self.student.losses(pyramid, goal_of(pyramid, targets), norms)

@@ -41,7 +41,7 @@ from msad.runs import (
     write_json,
 )
 
-# %% ../nbs/21_evaluation.ipynb #277cec20
+# %% ../nbs/21_evaluation.ipynb #b4e16489
 class Evaluation(NamedTuple):
     "What a detector did on a data set."
 
@@ -56,9 +56,10 @@ def evaluate_model(
     short_side: int,
     max_side: int,
     workers: int = 0,  # processes that decode, for each process that detects
+    leave_bar: bool = True,  # whether the progress bar stays when it is done
 ) -> Evaluation | None:  # none in all processes but the first
     "Run a detector over a data set and see how good it is."
-    results, seconds = detect_dataset(model, images, short_side, max_side, workers)
+    results, seconds = detect_dataset(model, images, short_side, max_side, workers, leave_bar=leave_bar)
     if rank() > 0: return None
     evaluation = run_coco_eval(images.coco, results)
     metrics = {

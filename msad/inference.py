@@ -29,7 +29,7 @@ def scale_back(
     solid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     return {**{name: value[solid] for name, value in detections.items()}, "boxes": boxes[solid]}
 
-# %% ../nbs/14_inference.ipynb #36a8d3a2
+# %% ../nbs/14_inference.ipynb #54cd2497
 @torch.inference_mode()
 def detect_dataset(
     model: nn.Module,  # a detector whose labels are ranks of the data set's category ids
@@ -38,6 +38,7 @@ def detect_dataset(
     max_side: int,
     workers: int = 0,  # processes that decode
     batch_size: int = 1,  # images of equal padded size that go through the network together
+    leave_bar: bool = True,  # whether the progress bar stays when it is done
 ) -> tuple[list[dict], float]:  # COCO results of all images by ascending image id, median seconds an image
     """The detections of every image of a data set, and the time an image took.
 
@@ -48,8 +49,8 @@ def detect_dataset(
     mine, seconds = {}, []
     size = EvalTransform(short_side, max_side)
     loader = eval_loader(images, size, batch_size, workers, model.transform.pad, rank(), world_size())
-    bar = dict(desc="detecting", unit="batch", mininterval=1, disable=local_rank() > 0)
-    for batch, targets in tqdm(batches(loader), total=len(loader), **bar):
+    look = dict(desc="detecting", unit="batch", mininterval=1, position=0, leave=leave_bar)
+    for batch, targets in tqdm(batches(loader), total=len(loader), disable=local_rank() > 0, **look):
         started = time.perf_counter()
         detections = model(batch)
         if device.type == "cuda": torch.cuda.synchronize(device)

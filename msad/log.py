@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['TENSORBOARD_EVERY', 'read_log', 'write_log', 'RunLog']
 
-# %% ../nbs/15_log.ipynb #459009b6
+# %% ../nbs/15_log.ipynb #350d1f9b
 import json
 import math
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .checkpoint import write_atomically
+from .checkpoint import cannot_write, write_atomically
 
 # %% ../nbs/15_log.ipynb #7bbbb71c
 def read_log(
@@ -30,7 +32,7 @@ def write_log(folder: Path, name: str, rows: list[dict]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     write_atomically(folder / name, lambda file: file.write(text.encode()))
 
-# %% ../nbs/15_log.ipynb #31a1d6af
+# %% ../nbs/15_log.ipynb #d2eb9e27
 TENSORBOARD_EVERY = 10
 
 
@@ -54,17 +56,24 @@ class RunLog:
         return self
 
     def __exit__(self, *_) -> None:
-        self.file.close()
+        with suppress(OSError): self.file.close()  # a full disk was noticed when a row was written
         self.tensorboard.close()
 
     def iteration(
         self,
         row: dict,  # numbers by name, with `iteration`
     ) -> None:
-        "Write down an iteration."
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        "Write down an iteration. Raises an `OSError` when the disk does not take it."
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise cannot_write(self.folder / "log.jsonl", error) from error
         if row["iteration"] % TENSORBOARD_EVERY == 0: self._scalars("training", row)
+
+    def sync(self) -> None:
+        "See to it that what was written would survive a power cut, as checkpoints do."
+        os.fsync(self.file.fileno())
 
     def evaluation(
         self,

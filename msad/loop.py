@@ -6,7 +6,7 @@
 __all__ = ['AUTOCAST', 'CANNOT_GO_ON', 'set_training', 'parallel', 'share_buffers', 'make_scaler', 'train_step', 'peak_memory',
            'fit', 'seconds_per_step']
 
-# %% ../nbs/17_loop.ipynb #2f57d88c
+# %% ../nbs/17_loop.ipynb #70173b8f
 import copy
 import math
 import resource
@@ -23,12 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .data import CocoImages, TrainTransform, batches, train_loader
-from .detectors import Distillation, shared_normalizers
+from .detectors import Distillation, whole_batch
 from .log import RunLog, read_log
 from .losses import mean_over_processes
 from .processes import StopRequest, gathered, highest, local_rank, rank, world_size
 from .recipe import Recipe, distillation_weight_at, lr_at, make_optimizer
-from .resume import last_training, load_training, save_training, trained_part
+from .resume import last_training, load_training, save_training, set_aside, trained_part
 
 # %% ../nbs/17_loop.ipynb #560fef46
 def set_training(
@@ -61,7 +61,7 @@ def share_buffers(
     if world_size() == 1: return
     for buffer in trained_part(model).buffers(): torch.distributed.broadcast(buffer, 0)
 
-# %% ../nbs/17_loop.ipynb #21110685
+# %% ../nbs/17_loop.ipynb #47f5365a
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -91,12 +91,13 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
 
     parts = [(images[part::accumulate], targets[part::accumulate]) for part in range(accumulate)]
-    norms, values = shared_normalizers(network.transform, parts), 0
+    size = tuple(highest(side) for side in network.transform.batch_size(images))
+    whole, values = whole_batch(network.transform, [targets for _, targets in parts], size), 0
     for number, part in enumerate(parts, 1):
         waits = number < accumulate and model is not network  # only the last part talks to the other processes
         with model.no_sync() if waits else nullcontext():
             with torch.autocast(device.type, AUTOCAST.get(recipe.precision), enabled=recipe.precision in AUTOCAST):
-                losses = model(*part, norms)
+                losses = model(*part, whole)
             scaler.scale(sum(losses.values()) / accumulate).backward()
         values += torch.stack(list(losses.values())).detach() / accumulate
 
@@ -120,7 +121,7 @@ def peak_memory(
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
 
-# %% ../nbs/17_loop.ipynb #48527bd8
+# %% ../nbs/17_loop.ipynb #8d16349e
 CANNOT_GO_ON = 1  # what a process says that has no next batch; signals have higher numbers
 
 
@@ -150,15 +151,20 @@ def fit(
     optimizer, scaler = make_optimizer(recipe, model), make_scaler(recipe, device)
     contents, damaged = last_training(folder)
     done = load_training(contents, model, optimizer, scaler)
+    del contents  # as large as the model, three times over
     for path in damaged if local_rank() == 0 else []: print(f"{path} is damaged; going on from iteration {done}")
     if len(set(found := gathered(done))) > 1:
         raise ValueError(f"out: the processes found checkpoints of iterations {found} in {folder}; they need one disk")
     shares = dict(rank=rank(), world_size=world_size())
     loader = batches(train_loader(images, transform, recipe.batch_size, done, workers, **shares))
     evaluated = {row["iteration"] for row in gathered(read_log(folder, "evaluations.jsonl"))[0]}
+    evaluated = {iteration for iteration in evaluated if iteration <= done}
+    if rank() == 0: set_aside(damaged)
 
     def save():
-        if rank() == 0: save_training(folder, done, model, optimizer, scaler, keep_checkpoints)
+        if rank() > 0: return
+        log.sync()
+        save_training(folder, done, model, optimizer, scaler, keep_checkpoints)
 
     def due():
         between = eval_every and done and done % eval_every == 0 and done not in evaluated
@@ -178,7 +184,7 @@ def fit(
                 stop.at_once = True  # all is saved, and an evaluation may take long
                 if stop.received: stop.leave(stop.received)
                 share_buffers(model)
-                if done == recipe.iterations: bar.close()
+                bar.close() if done == recipe.iterations else bar.clear()
                 figures, figure = evaluate(done)
                 if log: log.evaluation({"iteration": done, **figures}, figure)
                 set_training(model, recipe)

@@ -63,7 +63,7 @@ def normalizers(
     count = len(parts) * (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
     return Normalizers(positives.clamp(min=1 / count), weight.clamp(min=1e-6 / count))
 
-# %% ../nbs/04_losses.ipynb #b5351c41
+# %% ../nbs/04_losses.ipynb #e0dfaa1b
 def at_least_float32(tensor: Tensor) -> Tensor:
     "What half precision has computed, in full precision."
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -82,7 +82,7 @@ def branch_losses(
     """
     logits, distances, centerness = (at_least_float32(flatten_levels(levels)) for levels in outputs)
     centerness = centerness.squeeze(2)
-    positives, weight = normalizers([targets]) if norms is None else norms
+    positives, weight = (norm.to(logits) for norm in (normalizers([targets]) if norms is None else norms))
 
     one_hot = F.one_hot(targets.labels + 1, logits.shape[2] + 1)[..., 1:].to(logits)
     classes = sigmoid_focal_loss(logits, one_hot, alpha=0.25, gamma=2, reduction="sum")

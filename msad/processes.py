@@ -97,9 +97,9 @@ def gathered(
     dist.all_gather_object(values, value)
     return values
 
-# %% ../nbs/13_processes.ipynb #4054a36f
+# %% ../nbs/13_processes.ipynb #554f16f5
 class StopRequest:
-    "Within it, SIGTERM and SIGINT are noted in `received`, to be heeded at a good moment; a second one ends it."
+    "Within it, SIGTERM and SIGINT are noted in `received`, to be heeded at a good moment; a second SIGINT ends it."
 
     def __init__(self):
         self.received = 0  # number of the signal
@@ -117,7 +117,7 @@ class StopRequest:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         "What happens on a signal."
-        if self.received or self.at_once: self.leave(number)
+        if self.at_once or (self.received and number == signal.SIGINT): self.leave(number)
         self.received = number
 
     @staticmethod

@@ -74,7 +74,7 @@ def final_file(path: str | Path) -> Path:
     path = Path(path).expanduser().resolve()
     return path / "model_final.pth" if path.is_dir() else path
 
-# %% ../nbs/19_runs.ipynb #f6215c1a
+# %% ../nbs/19_runs.ipynb #8db01dfd
 def check_types(settings: object) -> None:
     "Raise a `ValueError` that names the first field of a dataclass whose value is not of its type, and the cure."
     for field in fields(settings):
@@ -121,7 +121,7 @@ class TrainSettings:
     seed: int = 0
     checkpoint_every: int = 200
     keep_checkpoints: int = 3
-    eval_every: int | None = None  # none: at the end only
+    eval_every: int | None = None  # none: a tenth of the iterations, at least 100
     resume: bool = True
     nnodes: int = 1  # machines
     node_rank: int = 0  # number of this machine

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Plan', 'prepare', 'plan_state', 'find_teacher', 'duration', 'initial_model', 'train', 'better', 'run', 'main']
 
-# %% ../nbs/22_train.ipynb #c5f7f7cc
+# %% ../nbs/22_train.ipynb #300c1c5b
 import argparse
 import math
 import os
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from .checkpoint import Checkpoint, load_model, load_weights, read_checkpoint, save_model
 from .data import CocoImages, TrainTransform, check_data
@@ -27,7 +28,7 @@ from .loop import fit, seconds_per_step
 from .plots import plot_losses, save_figure
 from .processes import gathered, joined, launched, local_rank, processes_of, rank, resolve_device
 from .recipe import Recipe
-from .resume import last_training, trained_part
+from .resume import checkpoints, trained_part
 from msad.runs import (
     TrainSettings,
     base_recipe,
@@ -47,7 +48,7 @@ from msad.runs import (
     write_json,
 )
 
-# %% ../nbs/22_train.ipynb #85c85b8e
+# %% ../nbs/22_train.ipynb #26e7db8d
 @dataclass(frozen=True)
 class Plan:
     "What a training run is about to do; printing it says so."
@@ -172,6 +173,8 @@ def prepare(
             f"short_side is {config.short_side} and BatchNorm would see a single image of 64 by 64 pixels at a time, "
             'which leaves one value a channel: choose a larger short_side or batch_size, or batch_norm "fixed"'
         )
+    if settings.batch_norm == "fixed" and settings.role == "teacher" and weights is None:
+        raise ValueError('batch_norm is "fixed" and there are no weights to take it from: give weights, or "trained"')
     # Process 0 may be at work in the folder while others come this far; it is the one to look.
     return plan if launched() and os.environ["RANK"] != "0" else replace(plan, state=plan_state(plan))
 
@@ -206,7 +209,7 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
             "or finish that run, or give a finished teacher"
         ) from None
 
-# %% ../nbs/22_train.ipynb #cda916a2
+# %% ../nbs/22_train.ipynb #3bde7337
 def duration(seconds: float) -> str:
     "A time for people."
     if seconds < 90: return f"{seconds:.0f} seconds"
@@ -245,9 +248,10 @@ def _train(plan: Plan) -> None:
     if rank() == 0:
         write_json(folder / "settings.json", plan.description)
         write_json(folder / "train.json", settings_dict(settings))
+        # Of a run that is made longer; until that is done, nobody should take it for finished.
+        (folder / "metrics.json").unlink(missing_ok=True)
 
-    checkpoint, _ = last_training(folder)
-    left = recipe.iterations - (checkpoint["iteration"] if checkpoint else 0)
+    left = recipe.iterations - (int(checkpoints(folder)[0].stem) if checkpoints(folder) else 0)
     if left > 0:
         seconds = seconds_per_step(model, recipe, plan.images, transform, settings.workers, settings.accumulate)
         estimate = f"{left:,} iterations to go at about {seconds:.2f} s each: {duration(left * seconds)}"
@@ -257,20 +261,24 @@ def _train(plan: Plan) -> None:
     def evaluate(iteration: int) -> tuple[dict, Figure | None]:
         nonlocal evaluation
         detector, sizes = trained_part(model), (plan.config.short_side, plan.config.max_side)
-        evaluation = evaluate_model(detector, plan.val_images, *sizes, settings.workers)
+        last = iteration == recipe.iterations
+        evaluation = evaluate_model(detector, plan.val_images, *sizes, settings.workers, leave_bar=last)
         if evaluation is None: return {}, None
         earlier = [row for row in read_log(folder, "evaluations.jsonl") if row["iteration"] < iteration]
-        if settings.eval_every and better(evaluation.metrics["AP"], [row["AP"] for row in earlier]):
-            save_model(folder / "model_best.pth", detector)
+        best = folder / "model_best.pth"
+        if not best.exists() or better(evaluation.metrics["AP"], [row["AP"] for row in earlier]):
+            save_model(best, detector)
         curves = plot_losses(read_log(folder), [*earlier, {**evaluation.metrics, "iteration": iteration}])
         save_figure(curves, folder / "figures" / "losses.png")
-        if iteration == recipe.iterations: save_model(folder / "model_final.pth", detector)
+        if last: save_model(folder / "model_final.pth", detector)
         else: save_figure(evaluation.figure, folder / "figures" / "detections.png", dpi=90)
+        tqdm.write(f"iteration {iteration:,}: AP {evaluation.metrics['AP']:.1f}, AP50 {evaluation.metrics['AP50']:.1f}")
         return evaluation.metrics, evaluation.figure
 
+    eval_every = settings.eval_every or max(100, recipe.iterations // 10)
     fit(
         model, plan.images, transform, recipe, folder, settings.workers, settings.checkpoint_every,
-        settings.keep_checkpoints, settings.accumulate, evaluate, settings.eval_every,
+        settings.keep_checkpoints, settings.accumulate, evaluate, eval_every,
     )  # fmt: skip
     if evaluation: write_evaluation(folder, evaluation, iterations=recipe.iterations)
 
@@ -282,7 +290,7 @@ def better(
     "Whether an AP is the best so far."
     return not math.isnan(ap) and all(other is None or ap > other for other in earlier)
 
-# %% ../nbs/22_train.ipynb #fdfa3a38
+# %% ../nbs/22_train.ipynb #7e54143c
 def run(
     plan: Plan,
 ) -> Path:  # the run folder
@@ -319,6 +327,7 @@ def main() -> None:
             settings = read_settings_file(path, TrainSettings)
             plan = prepare(settings)
         except (ValueError, FileNotFoundError) as error:
+            if launched(): raise
             sys.exit(str(error))
         if local_rank() == 0 and LAUNCHER not in os.environ: print(plan, flush=True)  # else the notebook has said it
         with joined(resolve_device(settings.devices)): run(plan)
