@@ -27,8 +27,6 @@ from msad.checkpoint import load_model
 from msad.log import read_log
 from msad.resume import checkpoints
 
-ITERATIONS = 60
-
 
 def start(settings: Path) -> subprocess.Popen:
     "Start a training, in a process group of its own."
@@ -58,13 +56,13 @@ def kill_within(process: subprocess.Popen, folder: Path, rng: random.Random, pat
     return "writing" if list(folder.rglob(".*.partial")) else "elsewhere"
 
 
-def differences(folder: Path, reference: Path) -> list[str]:
+def differences(folder: Path, reference: Path, iterations: int) -> list[str]:
     "What is not as in the undisturbed run."
     found = []
     ours, theirs = (load_model(f).state_dict() for f in (folder, reference))
     found += [f"{name} differs" for name in theirs if not torch.equal(ours[name], theirs[name])]
     logged = [row["iteration"] for row in read_log(folder)]
-    if logged != list(range(1, ITERATIONS + 1)): found.append(f"log.jsonl has the iterations {logged}")
+    if logged != list(range(1, iterations + 1)): found.append(f"log.jsonl has the iterations {logged}")
     losses = [[row["loss"] for row in read_log(f)] for f in (folder, reference)]
     if losses[0] != losses[1]: found.append("log.jsonl has other losses")
     if list(folder.rglob(".*.partial")): found.append("something half written is left")
@@ -72,7 +70,7 @@ def differences(folder: Path, reference: Path) -> list[str]:
     return found
 
 
-def kill_many(kills: int, seed: int = 0) -> dict:
+def kill_many(kills: int, iterations: int = 60, seed: int = 0) -> dict:
     "Count kills, where they fell, runs, and the differences found."
     rng = random.Random(seed)
     root = Path(tempfile.mkdtemp())
@@ -80,8 +78,8 @@ def kill_many(kills: int, seed: int = 0) -> dict:
 
     def settings(name):
         path = root / f"{name}.json"
-        size = dict(width=0.25, neck_channels=64, short_side=64, max_side=107, batch_size=2, iterations=ITERATIONS)
-        writing = dict(checkpoint_every=1, keep_checkpoints=2, eval_every=25)
+        size = dict(width=0.25, neck_channels=64, short_side=64, max_side=107, batch_size=2, iterations=iterations)
+        writing = dict(checkpoint_every=1, keep_checkpoints=2, eval_every=20)
         places = dict(role="teacher", data=str(root / "data"), out=str(root / name), devices="cpu", workers=1)
         path.write_text(json.dumps({**places, **size, **writing}))
         return path
@@ -99,7 +97,7 @@ def kill_many(kills: int, seed: int = 0) -> dict:
             counted[where] += 1
             print(f"\r{sum(counted.values())} of {kills} kills", end="", file=sys.stderr, flush=True)
         assert start(file).wait() == 0, f"{folder} does not finish"
-        found += [f"run {runs}: {what}" for what in differences(folder, root / "undisturbed")]
+        found += [f"run {runs}: {what}" for what in differences(folder, root / "undisturbed", iterations)]
         if not found: shutil.rmtree(folder)
     if not found: shutil.rmtree(root)
     return {"kills": counted, "runs": runs, "minutes": round((time.monotonic() - started) / 60, 1), "found": found}
@@ -108,6 +106,7 @@ def kill_many(kills: int, seed: int = 0) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--iterations", type=int, default=60, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     summary = kill_many(**vars(parser.parse_args()))
     print(json.dumps(summary, indent=2))

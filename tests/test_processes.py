@@ -148,7 +148,7 @@ def test_any_number_of_processes_learns_the_same(place, tmp_path, role):
     assert alone["neck.p6.weight"].dtype == torch.float64
     began = weights(place / "teacher")
     assert largest_difference(alone, {name: began[name] for name in alone}) > 0.01
-    for how in ((2,), (3,), (1, 3), (2, 3) if role == "teacher" else (1, 2)):
+    for how in ((2,), (3,), (2, 3)) if role == "teacher" else ((2,), (1, 3)):
         theirs, their_losses = learned(*how)
         assert largest_difference(alone, theirs) < 1e-5
         assert their_losses == pytest.approx(losses, rel=1e-5)
@@ -204,7 +204,7 @@ def test_two_machines(place, tmp_path):
 
 
 def test_killed_at_random_moments():
-    summary = kill_many(kills=4, seed=1)
+    summary = kill_many(kills=4, iterations=25, seed=1)
     assert sum(summary["kills"].values()) == 4 and summary["found"] == []
 
 
@@ -226,7 +226,7 @@ def test_killed_worker_is_replaced(place, tmp_path):
     (("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"), "cpu", False, 1),
 ])  # fmt: skip
 def test_preempted(place, tmp_path, launcher, devices, everybody, status):
-    settings = settings_of(place, tmp_path / "run", iterations=40, devices=devices, checkpoint_every=1000)
+    settings = settings_of(place, tmp_path / "run", iterations=16, devices=devices, checkpoint_every=1000)
     process = start(settings, tmp_path / "run.json", *launcher)
     wait_for_iteration(process, tmp_path / "run", 2)
     began = time.monotonic()
@@ -238,11 +238,11 @@ def test_preempted(place, tmp_path, launcher, devices, everybody, status):
     assert time.monotonic() - began < 20
     assert_gone(tmp_path / "run.json")
     saved = int(checkpoints(tmp_path / "run")[0].stem)
-    assert saved == len(read_log(tmp_path / "run")) < 40
+    assert saved == len(read_log(tmp_path / "run")) < 16
     done = start(settings, tmp_path / "run.json", *launcher)
     said, _ = done.communicate(timeout=200)
     assert done.returncode == 0, said
-    assert [row["iteration"] for row in read_log(tmp_path / "run")] == list(range(1, 41))
+    assert [row["iteration"] for row in read_log(tmp_path / "run")] == list(range(1, 17))
 
 
 def test_full_disk(place, tmp_path):
