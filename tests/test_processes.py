@@ -363,3 +363,4 @@ def test_no_process_outlives_papermill(place, tmp_path, number, devices):
     process.send_signal(number)
     process.wait(timeout=60)
     assert_gone(mark)
+    assert bool(checkpoints(out)) == (devices == "2")  # the kernel goes at once, the processes it started save first
