@@ -48,7 +48,7 @@ from msad.runs import (
     write_json,
 )
 
-# %% ../nbs/22_train.ipynb #26e7db8d
+# %% ../nbs/22_train.ipynb #1450ad58
 @dataclass(frozen=True)
 class Plan:
     "What a training run is about to do; printing it says so."
@@ -199,9 +199,9 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
         chosen = f"-p data '{settings.data}' -p width {settings.width:g}"
         command = f"papermill nbs/train_teacher.ipynb teacher.ipynb {chosen}"
         raise FileNotFoundError(f"teacher: none is finished at {folder}; train it with `{command}`, or give one")
-    free = dict(role="teacher", weights=None, out=None, iterations=None, batch_size=None, lr=None, resume=True)
+    free = dict(role="teacher", weights=None, out=None, iterations=None, batch_size=None, lr=None, eval_every=None)
     try:
-        return file, prepare(replace(settings, **free))
+        return file, prepare(replace(settings, **free, precision="fp32", batch_norm="trained", resume=True))
     except ValueError as error:
         if not str(error).startswith("out: "): raise
         raise ValueError(
@@ -290,7 +290,7 @@ def better(
     "Whether an AP is the best so far."
     return not math.isnan(ap) and all(other is None or ap > other for other in earlier)
 
-# %% ../nbs/22_train.ipynb #7e54143c
+# %% ../nbs/22_train.ipynb #d6ff4b31
 def run(
     plan: Plan,
 ) -> Path:  # the run folder
@@ -299,7 +299,7 @@ def run(
     Raises a `RuntimeError` with the reason when one of several processes fails.
     """
     settings, folder = plan.settings, plan.settings.folder
-    if plan.state == "finished": return folder
+    if plan.state == "finished" and not launched(): return folder  # of several processes only the first has looked
     if plan.teacher_plan:
         if local_rank() == 0: print(f"First the teacher, in {shown(plan.teacher_plan.settings.folder)}")
         run(plan.teacher_plan)

@@ -243,6 +243,10 @@ def test_preempted(place, tmp_path, launcher, devices, everybody, status):
     said, _ = done.communicate(timeout=200)
     assert done.returncode == 0, said
     assert [row["iteration"] for row in read_log(tmp_path / "run")] == list(range(1, 17))
+    if launcher:  # once more, and it finds itself finished
+        again = start(settings, tmp_path / "run.json", *launcher)
+        said, _ = again.communicate(timeout=200)
+        assert again.returncode == 0 and "finished, is shown" in said, said
 
 
 def test_full_disk(place, tmp_path):
