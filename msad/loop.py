@@ -121,7 +121,7 @@ def peak_memory(
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
 
-# %% ../nbs/17_loop.ipynb #8d16349e
+# %% ../nbs/17_loop.ipynb #0eafffbc
 CANNOT_GO_ON = 1  # what a process says that has no next batch; signals have higher numbers
 
 
@@ -135,14 +135,15 @@ def fit(
     checkpoint_every: int = 200,  # iterations
     keep_checkpoints: int = 3,
     accumulate: int = 1,  # parts that a process's share of the batch is learned from
-    evaluate: Callable[[int], tuple[dict, Figure]] | None = None,  # given the iteration; in all processes
+    evaluate: Callable[[int], tuple[dict, Figure | None]] | None = None,  # given the iteration; in all processes
     eval_every: int | None = None,  # iterations; none: at the end only
 ) -> dict | None:  # what the last evaluation said
     """Train `model`, with a row in `log.jsonl` for each iteration and a checkpoint every now and then.
 
     SIGTERM, SIGINT and an image that does not decode (its `ValueError` is raised) stop it after all updates so far are
     saved. Anything else that stops it leaves the last checkpoint, from which it goes on. Raises a `FloatingPointError`
-    when a loss is not finite.
+    when a loss is not finite, an `OSError` when the disk does not take a file, and a `ValueError` when no checkpoint is
+    sound or the processes find different ones.
     """
     folder, device = Path(folder), next(model.parameters()).device
     folder.mkdir(parents=True, exist_ok=True)
