@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,7 +13,19 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from msad.coco_eval import NAMES, class_figures, evaluate, evaluate_classes, figures, run_coco_eval, to_coco
+from msad.coco_eval import (
+    NAMES,
+    _ground_truth,
+    _matches,
+    _weighted_ap,
+    bootstrap,
+    class_figures,
+    evaluate,
+    evaluate_classes,
+    figures,
+    run_coco_eval,
+    to_coco,
+)
 
 
 def make_truth(seed=0, n_images=12):
@@ -91,6 +104,138 @@ def test_same_as_pycocotools(tmp_path, capsys, seed):
     assert np.nanmean(list(classes.values())) == pytest.approx(found["AP"])
     evaluation = run_coco_eval(coco, results)
     assert figures(evaluation)["AP"] == found["AP"] and class_figures(evaluation)["a"] == classes["a"]
+
+
+def hard_case(seed, n_images=12, n_classes=3, most=30, digits=16, map_id=lambda i: i):
+    "Crowds, areas of their own, empty images, detections without objects and without area; scores tie at few digits."
+    rng = np.random.default_rng(seed)
+    images = [map_id(7 * i) for i in rng.permutation(n_images).tolist()]
+    categories = [map_id(5 * k) for k in range(n_classes)]
+    truth, results = [], []
+    for image in images:
+        boxes = rng.uniform((0, 0, 4, 4), (300, 300, 200, 200), (rng.integers(10) if rng.random() < 0.8 else 0, 4))
+        for box in boxes.tolist():
+            area = float(rng.choice([box[2] * box[3], 0.5 * box[2] * box[3], 0, 32**2, 96**2, 1e10, 2e10]))
+            annotation = {"id": map_id(len(truth) + 1), "bbox": box, "area": area, "iscrowd": int(rng.random() < 0.15)}
+            category = categories[rng.integers(n_classes - 1)]
+            truth.append({**annotation, "image_id": image, "category_id": category, "ignore": int(rng.random() < 0.2)})
+        for _ in range(rng.integers(most)):
+            box = boxes[rng.integers(len(boxes))] if len(boxes) and rng.random() < 0.7 else rng.uniform(9, 300, 4)
+            box = box + rng.normal(0, rng.choice([0, 1, 5, 20]), 4)
+            box[2:] = box[2:].clip(0) * (rng.random(2) < 0.95)
+            score = round(rng.random(), digits)
+            category = categories[rng.integers(n_classes)]
+            results.append({"image_id": image, "category_id": category, "bbox": box.tolist(), "score": score})
+    truth, results = ([entries[i] for i in rng.permutation(len(entries))] for entries in (truth, results))
+    categories = [{"id": category, "name": f"class {category}"} for category in rng.permutation(categories).tolist()]
+    return {"info": {}, "images": [{"id": i} for i in images], "annotations": truth, "categories": categories}, results
+
+
+HARD = {
+    "plain": {},
+    "ties": {"digits": 1},
+    "more than 100 detections": {"n_images": 4, "n_classes": 2, "most": 500},
+    "and ties": {"n_images": 4, "n_classes": 2, "most": 500, "digits": 1},
+    "many classes": {"n_classes": 80},
+    "negative ids": {"map_id": lambda i: -i - 1},
+    "ids of 64 bits": {"map_id": lambda i: 2**60 + i},
+    "annotation 0": {"map_id": lambda i: i - 1, "n_classes": 2},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*number them from 1")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("case", HARD)
+def test_bit_for_bit_as_pycocotools(case, seed):
+    truth, results = hard_case(seed, **HARD[case])
+    found, expected = run_coco_eval(index(truth), results), direct(truth, results)
+    np.testing.assert_array_equal(found.stats, expected.stats)
+    for name in ("precision", "recall", "scores"):
+        np.testing.assert_array_equal(found.eval[name], expected.eval[name], name)
+    for name in ("iouThrs", "recThrs"):
+        np.testing.assert_array_equal(getattr(found.params, name), getattr(expected.params, name))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: {**r, "image_id": float(r["image_id"]), "category_id": np.int64(r["category_id"])},
+        lambda r: {**r, "bbox": tuple(map(np.float64, r["bbox"])), "score": np.float64(r["score"])},
+        lambda r: {**r, "bbox": tuple(map(Fraction, r["bbox"])), "score": Fraction(r["score"])},
+        lambda r: {**r, "bbox": tuple(r["bbox"])},
+        lambda r: {**r, "caption": "a tree", "segmentation": [], "area": -1, "id": 0, "iscrowd": 1},
+    ],
+)
+def test_numbers_of_other_types_and_more_fields(change):
+    truth, results = hard_case(0, most=10)
+    found = evaluate(index(truth), [change(result) for result in results])
+    np.testing.assert_equal(found, evaluate(index(truth), results))
+
+
+def test_a_crowd_in_any_number():
+    truth, results = hard_case(0)
+    whole = evaluate(index(truth), results)
+    for kind in (bool, float, np.int64):
+        for annotation in truth["annotations"]: annotation["iscrowd"] = kind(annotation["iscrowd"])
+        np.testing.assert_equal(evaluate(index(truth), results), whole)
+
+
+def copied(truth, results, times):
+    "A data set and results with every image, by its id, so many times."
+    larger, more = {**truth, "images": [], "annotations": []}, []
+    for image, count in zip(sorted(image["id"] for image in truth["images"]), times, strict=True):
+        for _ in range(count):
+            new = len(larger["images"]) + 1
+            larger["images"].append({"id": new})
+            for a in [a for a in truth["annotations"] if a["image_id"] == image]:
+                larger["annotations"].append({**a, "id": len(larger["annotations"]) + 1, "image_id": new})
+            more += [{**result, "image_id": new} for result in results if result["image_id"] == image]
+    return larger, more
+
+
+@pytest.mark.parametrize("digits", [16, 1])
+@pytest.mark.parametrize("shape", [{}, {"n_images": 4, "n_classes": 2, "most": 300}])
+def test_bootstrap_is_the_evaluation_of_copied_images(digits, shape):
+    truth, results = hard_case(4, digits=digits, **shape)
+    models = [results, results[::2], []]
+    images, samples = len(truth["images"]), 6
+    found = bootstrap(index(truth), models, samples=samples, seed=5)
+    draws = np.random.default_rng(5).multinomial(images, np.full(images, 1 / images), size=samples)
+    for times, row in zip(draws, found, strict=True):
+        larger = [copied(truth, model, times) for model in models]
+        expected = [evaluate(index(dataset), more)["AP"] for dataset, more in larger]
+        np.testing.assert_allclose(row, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", HARD)
+@pytest.mark.filterwarnings("ignore:.*number them from 1")
+def test_bootstrap_of_every_image_once_is_ap(case):
+    truth, results = hard_case(1, **HARD[case])
+    matches = _matches(_ground_truth(index(truth)), results, most=2)
+    found = _weighted_ap(matches, np.ones((len(truth["images"]), 1)))
+    assert found == pytest.approx(evaluate(index(truth), results)["AP"], abs=1e-9)
+
+
+def test_bootstrap_of_models(tmp_path):
+    truth, results = hard_case(2)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    before = copy.deepcopy(results)
+    found = bootstrap(index(truth), [results, path, []], samples=250)
+    assert found.shape == (250, 3) and results == before
+    np.testing.assert_array_equal(found[:, 0], found[:, 1])
+    assert found[:, 0].std() > 0 and not found[:, 2].any()
+    np.testing.assert_array_equal(bootstrap(index(truth), [results], samples=250)[:, 0], found[:, 0])
+    assert (bootstrap(index(truth), [results], samples=250, seed=1)[:, 0] != found[:, 0]).any()
+    with pytest.raises(ValueError, match="detection 0 .* has no 'image_id'"): bootstrap(index(truth), [results, [{}]])
+
+
+def test_bootstrap_without_objects():
+    found = bootstrap(index(one_box()), [[hit()]], samples=50)
+    drawn = np.random.default_rng(0).multinomial(2, [0.5, 0.5], size=50)[:, 0] > 0
+    np.testing.assert_allclose(found[drawn], 100)
+    assert 0 < drawn.sum() < 50 and np.isnan(found[~drawn]).all()
+    assert np.isnan(bootstrap(index(one_box(iscrowd=1)), [[hit()]], samples=3)).all()
 
 
 def one_box(**changes):
