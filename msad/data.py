@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'check_annotations', 'index_annotations', 'read_json', 'read_annotations', 'class_names', 'usable_boxes',
-           'read_image', 'CocoImages', 'resized_size', 'TrainTransform', 'TrainImages', 'training_indices',
-           'EvalTransform', 'EvalImages', 'TrainSampler', 'collate', 'train_loader', 'eval_loader', 'batches',
-           'DataSummary', 'check_data']
+           'upright_rgb', 'read_image', 'CocoImages', 'resized_size', 'TrainTransform', 'TrainImages',
+           'training_indices', 'EvalTransform', 'EvalImages', 'TrainSampler', 'collate', 'train_loader', 'eval_loader',
+           'batches', 'DataSummary', 'check_data']
 
 # %% ../nbs/10_data.ipynb #08d523d6
 import contextlib
@@ -174,22 +174,27 @@ def usable_boxes(
     return clipped, usable
 
 # %% ../nbs/10_data.ipynb #16d56c8d
+def upright_rgb(
+    image: Image.Image,  # of any mode; of an animation the picture it stands at counts
+) -> Image.Image:  # RGB
+    "An image turned as its EXIF orientation says, with 8 bits a colour. Raises what Pillow raises if it is damaged."
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")): image = _eight_bits(image)
+    return image.convert("RGB")
+
+
 def read_image(
     path: str | os.PathLike,  # image file of any kind that Pillow reads
+    otherwise: str = "remove it from the annotation file",  # for error messages: what to do without the image
 ) -> Image.Image:  # RGB
     "Decode an image, turn it as its EXIF orientation says, make it RGB. Raises ValueError if it does not decode."
     try:
-        with Image.open(path) as file: image = ImageOps.exif_transpose(file)
-        if image.mode.startswith(("I", "F")): image = _eight_bits(image)
-        return image.convert("RGB")
+        with Image.open(path) as file: return upright_rgb(file)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path} does not exist: put the image there or remove it from the annotation file."
-        ) from error
+        raise FileNotFoundError(f"{path} does not exist: put the image there or {otherwise}.") from error
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise ValueError(
-            f"{path} does not decode ({type(error).__name__}: {error}): "
-            "replace it or remove it from the annotation file."
+            f"{path} does not decode ({type(error).__name__}: {error}): replace it or {otherwise}."
         ) from error
 
 

@@ -6,7 +6,7 @@
 __all__ = ['Settings', 'RUN_FILES', 'SCHEDULE', 'repository', 'data_name', 'data_folder', 'runs_folder', 'default_folder',
            'shown', 'final_file', 'check_types', 'TrainSettings', 'read_settings_file', 'settings_dict', 'model_config',
            'knows_classes', 'scaled_max_side', 'shorten', 'recipe_of', 'base_recipe', 'write_json', 'fingerprint',
-           'file_description', 'flat', 'read_settings', 'folder_state', 'claimed', 'finished_runs']
+           'file_description', 'flat', 'read_settings', 'folder_state', 'FolderInUse', 'claimed', 'finished_runs']
 
 # %% ../nbs/19_runs.ipynb #223e72ef
 import hashlib
@@ -74,7 +74,7 @@ def final_file(path: str | Path) -> Path:
     path = Path(path).expanduser().resolve()
     return path / "model_final.pth" if path.is_dir() else path
 
-# %% ../nbs/19_runs.ipynb #8db01dfd
+# %% ../nbs/19_runs.ipynb #1449ebfb
 def check_types(settings: object) -> None:
     "Raise a `ValueError` that names the first field of a dataclass whose value is not of its type, and the cure."
     for field in fields(settings):
@@ -88,8 +88,9 @@ def check_types(settings: object) -> None:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}: choose a whole number from {least} on")
         if kinds[0] is float:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}: choose a number above 0")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value!r}: choose a number, of 0 or more")
+            if value == 0 and name != "alpha": raise ValueError(f"{name} is {value!r}: choose a number above 0")
         if kinds[0] is str and name != "devices" and not (isinstance(value, str) and value):
             raise ValueError(f"{name} is {value!r}: write a text, such as a path")
     resolve_device(settings.devices)
@@ -111,6 +112,7 @@ class TrainSettings:
     iterations: int | None = None  # none: the recipe's
     batch_size: int | None = None
     lr: float | None = None
+    alpha: float | None = None  # size of a student's distillation, 0: without; none: the recipe's
     short_side: int | None = None  # test size; none: the teacher's, else 800 (192 on "trees")
     max_side: int | None = None  # none: in proportion to 1333 for 800
     precision: str = "fp32"  # or "bf16", "fp16"
@@ -131,6 +133,8 @@ class TrainSettings:
     def __post_init__(self):
         check_types(self)
         width_index(self.width)
+        if self.role == "teacher" and self.alpha is not None:
+            raise ValueError(f"alpha is {self.alpha!r}: only a student has a distillation, so leave it out")
         if self.node_rank >= self.nnodes:
             raise ValueError(f"node_rank is {self.node_rank} of {self.nnodes} nnodes: number the machines from 0")
         if self.nnodes > 1 and self.rdzv_endpoint is None:
@@ -171,7 +175,7 @@ def settings_dict(
         if values[name] is not None: values[name] = str(Path(values[name]).expanduser().resolve())
     return {**values, "data": data_name(values["data"])}
 
-# %% ../nbs/19_runs.ipynb #ff21ae3c
+# %% ../nbs/19_runs.ipynb #adaed0e4
 def model_config(
     settings: TrainSettings,
     images: CocoImages,  # to learn from
@@ -236,7 +240,10 @@ def recipe_of(
             f"batch_size is {recipe.batch_size}, to be shared by processes ({processes}) and their parts "
             f"({settings.accumulate}): choose a multiple of {parts}, or other devices and accumulate"
         )
-    return replace(recipe, precision=settings.precision, batch_norm=settings.batch_norm)
+    alpha = recipe.distillation_alpha if settings.alpha is None else float(settings.alpha)
+    return replace(
+        recipe, distillation_alpha=alpha, precision=settings.precision, batch_norm=settings.batch_norm
+    )
 
 
 def base_recipe(settings: TrainSettings) -> Recipe:
@@ -244,7 +251,7 @@ def base_recipe(settings: TrainSettings) -> Recipe:
     if data_name(settings.data) == "trees": return TREES[settings.role]
     return PUBLISHED_RECIPES[settings.role, float(settings.width)]
 
-# %% ../nbs/19_runs.ipynb #6b8ccd0f
+# %% ../nbs/19_runs.ipynb #166315c9
 RUN_FILES = ("settings.json", "log.jsonl", "checkpoints", "model_final.pth", "detections.json", "metrics.json")
 # Follow from the number of iterations.
 SCHEDULE = ("recipe.iterations", "recipe.drops", "recipe.warmup", "recipe.distillation_warmup")
@@ -313,6 +320,10 @@ def folder_state(
     return "finished" if finished else "unfinished"
 
 
+class FolderInUse(ValueError):
+    "Another process works in a run folder."
+
+
 @contextmanager
 def claimed(
     folder: Path,  # run folder; made if it is missing
@@ -320,18 +331,18 @@ def claimed(
 ) -> Iterator[None]:
     """Within it, the run folder belongs to this process alone, and what a killed one left half written is removed.
 
-    Raises a `ValueError` when another process keeps it for longer than `patience`.
+    Raises `FolderInUse` when another process keeps it for longer than `patience`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"another process works in {shown(folder)}; waiting for it", flush=True)
+        if patience: print(f"another process works in {shown(folder)}; waiting for it", flush=True)
         try:
             lock.acquire(timeout=patience)
         except Timeout:
-            raise ValueError(f"out: another process works in {folder}; wait for it, or give another out") from None
+            raise FolderInUse(f"out: another process works in {folder}; wait for it, or give another out") from None
     try:
         for path in folder.rglob(".*.partial"): path.unlink()
         yield

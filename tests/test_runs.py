@@ -49,6 +49,15 @@ def test_run_folder_holds_everything(finished):
     assert "loss_kd" in read_log(finished / "student-w0.25")[0]
 
 
+def test_student_without_distillation(finished, tmp_path, capsys):
+    places = dict(data=str(finished / "data"), teacher=str(finished / "teacher-w0.25"), out=str(tmp_path / "low"))
+    run(prepare(TrainSettings("student", alpha=0, **places, **SMALL)))
+    assert "starts from its teacher, and learns without it" in capsys.readouterr().out
+    taught, alone = read_log(finished / "student-w0.25"), read_log(tmp_path / "low")
+    assert "loss_kd" not in alone[0] and alone[0]["loss_fcos_cls_st"] == pytest.approx(taught[0]["loss_fcos_cls_st"])
+    assert load_model(tmp_path / "low").config == load_model(finished / "student-w0.25").config
+
+
 def test_model_rebuilds_from_its_file_alone(finished):
     config = load_model(finished / "student-w0.25").config
     assert (config.role, config.width, config.neck_channels) == ("student", 0.25, 64)
@@ -206,6 +215,8 @@ def test_unusable_boxes_are_counted_aloud(coco, tmp_path):
     (dict(iterations=0), "iterations is 0"),
     (dict(batch_size=2.5), "batch_size is 2.5"),
     (dict(lr=float("nan")), "lr is nan"),
+    (dict(lr=0), "lr is 0: choose a number above 0"),
+    (dict(alpha=0.1), "alpha is 0.1: only a student has a distillation"),
     (dict(devices="gpu"), "devices is 'gpu'"),
     (dict(devices=0), "devices is 0"),
     (dict(devices=3), "batch_size is 2, to be shared by processes .3.*choose a multiple of 3"),

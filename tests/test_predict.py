@@ -1,0 +1,343 @@
+"Pictures of every kind through detectors of every kind, as files and from memory, good and bad."
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden.golden import load_case
+from PIL import Image
+from test_notebooks import papermill, texts
+from torchvision import tv_tensors
+
+from msad.checkpoint import save_model
+from msad.coco_eval import evaluate
+from msad.data import EvalTransform, read_annotations, read_image
+from msad.detectors import CAFFE, ModelConfig, build_model
+from msad.inference import scale_back
+from msad.predict import BATCH_SIZE, Prediction, Predictor, image_files, predict_files, results_text
+
+SIZES = {"short_side": 64, "max_side": 101, "neck_channels": 64, "head_convs": 1}
+
+
+def save_detector(path, role="student", bias=0.0, **changes):
+    "Write an untrained detector; with a bias of 0 it sees something everywhere, with -99 nothing."
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(role, 0.25, ("ash", "oak"), (7, 90), **SIZES, **changes)).eval()
+    with torch.no_grad():  # scores that differ, and boxes that reach out of the picture
+        model.head.cls_logits.weight.mul_(30)
+        model.head.cls_logits.bias.fill_(bias)
+        model.head.bbox_pred.weight.mul_(30)
+    save_model(path, model)
+    return model
+
+
+def noise(height, width, seed=0):
+    "A smooth random picture, H×W×3."
+    small = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A folder with the file of a student."
+    folder = tmp_path_factory.mktemp("predict")
+    save_detector(folder / "student.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(place):
+    return Predictor(place / "student.pth")
+
+
+@pytest.fixture
+def album(tmp_path):
+    "A folder with three photographs and three files that are none."
+    folder = tmp_path / "album"
+    folder.mkdir()
+    for seed, name in enumerate(("a.jpg", "a.png", "b.jpg")): Image.fromarray(noise(60, 80, seed)).save(folder / name)
+    content = (folder / "b.jpg").read_bytes()
+    (folder / "half.jpg").write_bytes(content[: len(content) * 3 // 4])
+    (folder / "text.JPG").write_text("no image")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("not even called an image")
+    return folder
+
+
+def same(one, other, pixels=0.01, score=1e-4):
+    "Two predictions agree."
+    assert one["labels"].tolist() == other["labels"].tolist() and len(one["labels"]) > 0
+    assert (one["boxes"] - other["boxes"]).abs().max() < pixels
+    assert (one["scores"] - other["scores"]).abs().max() < score
+
+
+# --- the same as the plain model
+
+
+@pytest.mark.parametrize("role", ("teacher", "student"))
+@pytest.mark.parametrize("pad", (None, 256))
+@pytest.mark.parametrize("normalization", ({}, {"normalization": CAFFE}), ids=("imagenet", "caffe"))
+def test_equals_the_plain_model(tmp_path, role, pad, normalization):
+    model = save_detector(tmp_path / "model.pth", role, bias=-2.5, **normalization)
+    if pad: model.transform.pad = pad
+    sizes = [(61, 83), (83, 61), (64, 64), (30, 200), (255, 254)] * 2 + [(65, 99)]
+    photographs = [Image.fromarray(noise(*size, seed)) for seed, size in enumerate(sizes)]
+    assert len(photographs) > BATCH_SIZE
+    for photograph, found in zip(photographs, Predictor(tmp_path / "model.pth", pad=pad)(photographs), strict=True):
+        none = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=found.size)
+        view, _ = EvalTransform(64, 101)(photograph, {"boxes": none})
+        with torch.no_grad(): (plain,) = model([view])
+        same(found, scale_back(plain, tuple(view.shape[-2:]), (photograph.height, photograph.width)))
+
+
+def test_the_low_view_is_not_the_photograph_at_half_size(student):
+    photograph = noise(128, 128)
+    half = np.asarray(Image.fromarray(photograph).resize((32, 32), Image.Resampling.BILINEAR))
+    with torch.no_grad(): (wrong,) = student.model([torch.tensor(half).permute(2, 0, 1)], view="low")
+    found = student(photograph)
+    assert len(found["scores"]) != len(wrong["scores"]) or not torch.equal(found["scores"], wrong["scores"])
+
+
+@pytest.mark.parametrize("precision", ("bf16", "fp16"))
+def test_lower_precision_finds_nearly_the_same(place, student, precision):
+    photograph = noise(64, 64)
+    best = Predictor(place / "student.pth", precision=precision)(photograph)
+    assert best["boxes"].dtype == best["scores"].dtype == torch.float32
+    assert abs(best["scores"][0] - student(photograph)["scores"][0]) < 0.02
+
+
+def test_published_files_come_with_their_classes_and_padding(tmp_path):
+    weights = load_case(str(Path(__file__).parent / "golden" / "cases" / "student_w0.25"))[0]
+    torch.save({"model": weights}, tmp_path / "model_final.pth")
+    predictor = Predictor(tmp_path)
+    assert predictor.model.transform.pad == 256 and predictor.config.role == "student"
+    found = predictor(noise(4, 200))
+    assert found.size == (4, 200) and set(found["names"]) <= set(predictor.config.class_names)
+
+
+# --- pictures of every kind
+
+
+def test_files_of_every_kind(tmp_path, student):
+    grey = Image.fromarray(noise(40, 60)).convert("L")
+    pictures = {mode: grey.convert("RGB").convert(mode) for mode in ("RGB", "L", "1", "P", "LA", "RGBA", "CMYK")}
+    pictures["16"] = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    paths = [tmp_path / ("CMYK.tif" if mode == "CMYK" else f"{mode}.png") for mode in pictures]
+    for path, picture in zip(paths, pictures.values(), strict=True): picture.save(path)
+    by_path = student(paths)
+    opened = student([Image.open(path) for path in paths])
+    pixels = student([np.asarray(read_image(path)) for path in paths])
+    for path, *kinds in zip(paths, by_path, opened, pixels, strict=True):
+        assert kinds[0].size == (40, 60), path.name
+        for other in kinds[1:]: same(kinds[0], other, 1e-3, 1e-5)
+    names = list(pictures)
+    for name in ("L", "LA", "RGBA", "16"): same(by_path[names.index(name)], by_path[names.index("RGB")], 1e-3, 1e-5)
+
+
+def test_tensors_are_pictures_too(student):
+    batch = np.stack([noise(40, 60, 1), noise(40, 60, 2)])
+    expected = student(list(batch))
+    tensors = torch.tensor(batch).permute(0, 3, 1, 2)
+    for many in (batch, tensors, tensors / 255, (tensors / 255).double(), iter(tensors), list(tensors)):
+        for one, other in zip(student(many), expected, strict=True): same(one, other, 1e-3, 1e-5)
+    same(student(tensors[0]), expected[0])
+    same(student(batch[0][:, ::-1][:, ::-1]), expected[0])
+
+
+def test_boxes_are_those_of_the_upright_picture(tmp_path, student):
+    stored, exif = noise(40, 90), Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise for display
+    Image.fromarray(stored).save(tmp_path / "turned.png", exif=exif)
+    upright = student(np.rot90(stored, -1))
+    for found in (student(tmp_path / "turned.png"), student(Image.open(tmp_path / "turned.png"))):
+        assert found.size == (90, 40)
+        same(found, upright)
+    assert upright["boxes"][:, 3].max() > 45 and upright["boxes"][:, 2].max() <= 40
+
+
+@pytest.mark.parametrize("ending", ("gif", "png", "webp"))
+def test_the_first_picture_of_an_animation_counts(tmp_path, student, ending):
+    first, second = (Image.fromarray(noise(40, 60, seed)) for seed in (1, 2))
+    more = {"lossless": True} if ending == "webp" else {}
+    first.save(tmp_path / f"a.{ending}", save_all=True, append_images=[second], duration=100, **more)
+    alone = read_image(tmp_path / "a.gif") if ending == "gif" else first  # a GIF has a palette
+    same(student(tmp_path / f"a.{ending}"), student(alone))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 2)])
+@pytest.mark.parametrize("role", ("teacher", "student"))
+def test_pictures_of_odd_shape(tmp_path, role, size):
+    save_detector(tmp_path / "model.pth", role)
+    found = Predictor(tmp_path / "model.pth")(np.full((*size, 3), 99, dtype=np.uint8))
+    boxes = found["boxes"]
+    assert found.size == size and boxes.isfinite().all()
+    assert (boxes >= 0).all() and (boxes[:, 0::2] <= size[1]).all() and (boxes[:, 1::2] <= size[0]).all()
+    assert found._repr_jpeg_()[:2] == b"\xff\xd8"
+
+
+def test_none_many_and_nothing_found(place):
+    save_detector(place / "blind.pth", bias=-99.0)
+    blind = Predictor(place / "blind.pth")
+    assert blind([]) == [] and blind(np.zeros((0, 40, 40, 3), np.uint8)) == [] and list(blind.stream([])) == []
+    found = blind(noise(40, 40))
+    assert found["boxes"].shape == (0, 4) and found["names"] == [] and found.to_coco(3) == []
+    assert repr(found) == "Prediction: 0 boxes" and found.above(0.5)["scores"].shape == (0,)
+    assert found._repr_jpeg_()[:2] == b"\xff\xd8"
+    assert isinstance(blind([noise(40, 40)]), list) and isinstance(found, Prediction)
+
+
+# --- what is no picture
+
+
+def test_files_that_do_not_decode(album, student):
+    good = album / "a.jpg"
+    bad = [album / name for name in ("half.jpg", "text.JPG", "empty.png", "notes.txt", "nowhere.jpg", "..")]
+    for path in bad:
+        with pytest.raises((ValueError, FileNotFoundError)) as error: student([good, path])
+        said = str(error.value)
+        assert str(path) in said and "leave it out" in said and "\n" not in said and "annotation" not in said
+    mixed = list(student.stream([*bad, good, *bad, good] * 2))
+    assert [isinstance(found, Prediction) for found in mixed] == ([False] * 6 + [True] + [False] * 6 + [True]) * 2
+    same(mixed[6], student(good))
+    half = Image.open(album / "half.jpg")
+    with pytest.raises(ValueError, match=r"half\.jpg does not decode.*truncated"): student(half)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (None, "NoneType is no picture"),
+        (7, "int is no picture"),
+        ([7], "int is no picture"),
+        (np.zeros((4, 4), np.uint8), "an array is of uint8 and shape (4, 4)"),
+        (np.zeros((4, 4, 4), np.uint8), "shape (4, 4, 4)"),
+        (np.zeros((4, 4, 3)), "float64"),
+        (torch.zeros(4, 4, 3), "a tensor is of torch.float32 and shape (4, 4, 3)"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), "torch.int64"),
+        (torch.full((3, 4, 4), 1.5), "outside 0 to 1"),
+        (torch.full((3, 4, 4), float("nan")), "outside 0 to 1"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+        (Image.new("RGB", (4, 0)), "no pixels"),
+        (Image.new("F", (4, 4)), "mode F does not decode"),
+    ],
+)
+def test_what_is_no_picture(student, wrong, said):
+    with pytest.raises(ValueError) as error: student(wrong)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"precision": "int8"}, 'precision is .int8.: choose "fp32", "bf16" or "fp16"'),
+        ({"device": "gpu"}, 'device is .gpu.: choose "cpu" or "cuda"'),
+        ({"device": f"cuda:{torch.cuda.device_count()}"}, "device is .cuda:[0-9]+. and this machine has"),
+        ({"pad": 50}, "pad is 50: choose a multiple of 64"),
+    ],
+)
+def test_wrong_settings(place, student, wrong, said):
+    with pytest.raises(ValueError, match=said): Predictor(place / "student.pth", **wrong)
+
+
+# --- files of results
+
+
+def test_a_folder(album, place, student, capsys):
+    out = album.parent / "out"
+    assert predict_files(album, place / "student.pth", out, 0.2) == out
+    results = json.loads((out / "results.json").read_text())
+    assert [image["file_name"] for image in results["images"]] == ["a.jpg", "a.png", "b.jpg"]
+    assert {skipped["file_name"] for skipped in results["skipped"]} == {"half.jpg", "text.JPG", "empty.png"}
+    pictures = sorted(path.name for path in (out / "pictures").iterdir())
+    assert pictures == ["a.jpg.jpg", "a.png.jpg", "b.jpg.jpg"]
+    for name in pictures: assert max(Image.open(out / "pictures" / name).size) == 1000
+    assert sorted(path.name for path in out.iterdir()) == ["pictures", "results.json", "settings.json"]
+
+    found = student(album / "a.png").above(0.2)
+    of_a = [annotation for annotation in results["annotations"] if annotation["image_id"] == 2]
+    assert [annotation["score"] for annotation in of_a] == pytest.approx(found["scores"].tolist(), abs=1e-4)
+    assert {annotation["category_id"] for annotation in of_a} <= {7, 90} and min(found["scores"]) >= 0.2
+    # It is a COCO data set, and its annotations are COCO results.
+    assert evaluate(read_annotations(out / "results.json"), results["annotations"])["AP50"] > 99
+
+    text = results_text(out)
+    assert "3 photographs" in text and " × oak" in text and "half.jpg does not decode" in text
+    capsys.readouterr()
+
+
+def test_nothing_is_overwritten(album, place, tmp_path, capsys):
+    out, run = tmp_path / "out", (album, place / "student.pth", tmp_path / "out")
+    predict_files(*run)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    predict_files(*run)
+    assert "finished already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"out holds something else \(score_threshold: 0.45 there, 0.3 now\)"):
+        predict_files(*run, 0.3)
+    shutil.copy(album / "a.jpg", album / "c.jpg")
+    with pytest.raises(ValueError, match=r"out holds something else \(images: 6 in .* there, 7 in"): predict_files(*run)
+    (album / "c.jpg").unlink()
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+    (out / "results.json").unlink()  # as if it had been interrupted
+    predict_files(*run)
+    assert (out / "results.json").is_file()
+
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "diary.txt").write_text("mine")
+    for wrong in (used, used / "diary.txt"):
+        with pytest.raises(ValueError, match="holds no predictions; give another out"): predict_files(*run[:2], wrong)
+    assert (used / "diary.txt").read_text() == "mine"
+
+
+def test_patterns_keep_their_folders(album, place, tmp_path):
+    for name in ("x", "y/z"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        shutil.copy(album / "a.jpg", tmp_path / "tree" / name / "same.jpg")
+    files, root = image_files(tmp_path / "tree" / "**" / "*.jpg")
+    assert root == tmp_path / "tree" and files == [root / "x/same.jpg", root / "y/z/same.jpg"]
+    out = predict_files(str(tmp_path / "tree" / "**" / "*.jpg"), place / "student.pth", tmp_path / "out")
+    assert (out / "pictures/x/same.jpg.jpg").is_file() and (out / "pictures/y/z/same.jpg.jpg").is_file()
+    odd = tmp_path / "[1].jpg"
+    shutil.copy(album / "a.jpg", odd)
+    assert image_files(odd) == ([odd], tmp_path)
+    for nothing in (tmp_path / "nowhere", tmp_path / "*.tif", tmp_path / "tree"):
+        with pytest.raises(FileNotFoundError, match="images: there is no image at"): image_files(nothing)
+
+
+def test_a_folder_without_one_good_file(album, place, tmp_path):
+    for name in ("a.jpg", "a.png", "b.jpg"): (album / name).unlink()
+    out = predict_files(album, place / "student.pth", tmp_path / "out")
+    assert json.loads((out / "results.json").read_text())["images"] == []
+    assert results_text(out).startswith("0 photographs: nothing found\nskipped, since they cannot be read: 3\n")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"score_threshold": 2}, "score_threshold is 2: choose a number from 0 to 1"),
+        ({"score_threshold": "high"}, "score_threshold is 'high'"),
+        ({"score_threshold": float("nan")}, "score_threshold is nan"),
+        ({"images": 5}, "images is 5: write a path"),
+        ({"model": ""}, "model is '': write a path"),
+        ({"model": "nowhere.pth"}, "model: there is no file"),
+    ],
+)
+def test_wrong_parameters(album, tmp_path, place, wrong, said):
+    run = {"images": album, "model": place / "student.pth", "out": tmp_path / "out", **wrong}
+    with pytest.raises((ValueError, FileNotFoundError), match=said): predict_files(**run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_notebook(album, place, tmp_path):
+    out = tmp_path / "out"
+    parameters = {"images": album, "model": place / "student.pth", "out": out, "score_threshold": 0.2}
+    done = papermill("nbs/predict.ipynb", *(word for name, value in parameters.items() for word in ("-p", name, value)))
+    assert done.returncode == 0, done.stderr[-2000:]
+    notebook = json.loads(done.stdout)
+    assert "3 photographs" in texts(notebook) and "skipped, since they cannot be read: 3" in texts(notebook)
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    assert sum("image/jpeg" in output.get("data", {}) for output in outputs) == 3 and (out / "results.json").is_file()
