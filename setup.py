@@ -7,6 +7,7 @@ from setuptools import setup
 settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
+export = settings["export_requirements"].split()
 
 setup(
     name=settings["lib_name"],
@@ -20,5 +21,5 @@ setup(
     packages=[settings["lib_name"]],
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={"dev": [*settings["dev_requirements"].split(), *export], "export": export},
 )

@@ -60,7 +60,8 @@ class InputTransform(nn.Module):
         "Height and width of `image` with its padding; the low view's is half of the high view's."
         multiple = self.pad if view == "high" else self.pad // 2
         height, width = image.shape[-2:]
-        return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+        # Not −(−height // multiple): of a quotient below 0 an exported graph would drop the fraction.
+        return tuple((side + multiple - 1) // multiple * multiple for side in (height, width))
 
     def batch_size(
         self,
@@ -239,7 +240,7 @@ class Student(nn.Module):
 
         return detect_in_batches(images, self.transform, outputs_of, view)
 
-# %% ../nbs/07_detectors.ipynb #e18bd488
+# %% ../nbs/07_detectors.ipynb #f61f88d5
 TEMPERATURE = 3.0
 
 
@@ -281,6 +282,14 @@ class Distillation(nn.Module):
         "The student's."
         return self.student.transform
 
+    def distance(
+        self,
+        pyramid: Sequence[Tensor],  # the student's, N×C×H×W for each level
+        fused: Sequence[Tensor],  # the teacher's
+    ) -> Tensor:  # scalar
+        "What the student pays for being unlike its teacher."
+        return distillation_loss(pyramid, fused, self.alpha)
+
     def train(self, mode: bool = True) -> "Distillation":
         "Training mode for the student; the teacher stays in evaluation mode."
         super().train(mode)
@@ -301,7 +310,7 @@ class Distillation(nn.Module):
         pyramid = self.student.pyramid(low_view(batch))
         with torch.no_grad(): fused = self.teacher.views(batch).fused
         losses = self.student.losses(pyramid, goal_of(pyramid, targets), norms)
-        return {**losses, "loss_kd": self.weight * distillation_loss(pyramid, fused, self.alpha)}
+        return {**losses, "loss_kd": self.weight * self.distance(pyramid, fused)}
 
 # %% ../nbs/07_detectors.ipynb #b7855a33
 ROLES = ("teacher", "student")

@@ -39,7 +39,7 @@ def make_locations(
         points.append(torch.cartesian_prod(y, x).flip(1))
         strides.append(torch.full((height * width,), stride, device=level.device))
         ranges.append(torch.tensor(limits, device=level.device).expand(height * width, 2))
-    counts = tuple(len(p) for p in points)
+    counts = tuple(p.shape[0] for p in points)
     return Locations(torch.cat(points).float(), torch.cat(strides).float(), torch.cat(ranges), counts)
 
 # %% ../nbs/02_targets.ipynb #85bdd5eb
