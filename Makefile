@@ -5,7 +5,7 @@ RUNS := runs/trees
 # Kernel output goes to the terminal as it comes, progress bars included.
 PAPERMILL := $(BIN)/papermill --no-progress-bar --stdout-file - --stderr-file -
 
-.PHONY: help install demo test lab lint notebooks clean
+.PHONY: help install demo ablation test lab lint notebooks clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/:/'
@@ -30,6 +30,10 @@ $(RUNS)/analysis/summary.txt: | install
 	@$(PAPERMILL) nbs/evaluate.ipynb $(RUNS)/evaluate.ipynb
 	@echo "4 of 4: analysis"
 	@$(PAPERMILL) nbs/analysis.ipynb $(RUNS)/analysis.ipynb
+
+ablation: install  ## repeat the ablation on the bundled photographs from nothing; goes on where it was stopped (hours)
+	@mkdir -p $(RUNS)
+	@$(PAPERMILL) -p results $(RUNS)/ablation/results.json nbs/ablation.ipynb $(RUNS)/ablation.ipynb
 
 test: install lint  ## everything: package and notebooks agree, notebooks are clean and run, tests pass
 	$(BIN)/python tests/check_notebooks.py

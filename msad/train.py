@@ -48,7 +48,7 @@ from msad.runs import (
     write_json,
 )
 
-# %% ../nbs/22_train.ipynb #1450ad58
+# %% ../nbs/22_train.ipynb #419f80b4
 @dataclass(frozen=True)
 class Plan:
     "What a training run is about to do; printing it says so."
@@ -199,9 +199,10 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
         chosen = f"-p data '{settings.data}' -p width {settings.width:g}"
         command = f"papermill nbs/train_teacher.ipynb teacher.ipynb {chosen}"
         raise FileNotFoundError(f"teacher: none is finished at {folder}; train it with `{command}`, or give one")
-    free = dict(role="teacher", weights=None, out=None, iterations=None, batch_size=None, lr=None, eval_every=None)
+    own = ("weights", "out", "iterations", "batch_size", "lr", "alpha", "eval_every")
+    free = dict(role="teacher", precision="fp32", batch_norm="trained", resume=True)
     try:
-        return file, prepare(replace(settings, **free, precision="fp32", batch_norm="trained", resume=True))
+        return file, prepare(replace(settings, **dict.fromkeys(own), **free))
     except ValueError as error:
         if not str(error).startswith("out: "): raise
         raise ValueError(
@@ -209,7 +210,7 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
             "or finish that run, or give a finished teacher"
         ) from None
 
-# %% ../nbs/22_train.ipynb #3bde7337
+# %% ../nbs/22_train.ipynb #dbc1e1bc
 def duration(seconds: float) -> str:
     "A time for people."
     if seconds < 90: return f"{seconds:.0f} seconds"
@@ -224,6 +225,7 @@ def initial_model(plan: Plan) -> tuple[torch.nn.Module, str]:
         student, said = build_model(plan.config), "The student starts from its teacher"
         student.load_state_dict(student_of(teacher).state_dict())
         if plan.weights: said = load_weights(student, plan.weights, otherwise="kept from the teacher")
+        if plan.recipe.distillation_alpha == 0: return student, f"{said}, and learns without it"
         return Distillation(student, teacher, plan.recipe.distillation_alpha), said
     model = build_model(plan.config)
     if plan.weights: return model, load_weights(model, plan.weights)

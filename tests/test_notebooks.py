@@ -59,7 +59,11 @@ def test_from_teacher_to_analysis(place):
     assert done.returncode == 0, done.stderr[-2000:]
     summary = (place / "analysis" / "summary.txt").read_text()
     pictures = [line.strip() for line in summary.splitlines() if line.endswith(".png")]
-    assert len(pictures) >= 6 and all(Path(picture).is_file() for picture in pictures)
+    assert all(Path(picture).is_file() for picture in pictures)
+    of_all = {"cost", "detections", "sizes", "classes", "precision_recall", "resolutions", "mistakes"}
+    of_teacher = {f"{kind}_teacher-w0.25" for kind in ("losses", "fusion", "fusion_sizes")}
+    of_student = {f"{kind}_student-w0.25" for kind in ("losses", "distance")}
+    assert {Path(picture).stem for picture in pictures} == of_all | of_teacher | of_student
     assert "teacher" in summary and "student" in summary
 
 

@@ -17,19 +17,16 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for path in (ROOT / "msad").glob("*.py") if not path.name.startswith("_"))
 MODULES = [path.stem for path in SOURCES]
 PARTS = ("backbone", "neck", "targets", "head", "losses", "detections", "alignment")
-MODEL = (*PARTS, "detectors", "checkpoint", "capacity")
+MODEL = (*PARTS, "detectors", "checkpoint", "capacity", "export")
 RUNNING = ("processes", "inference", "log", "resume", "loop", "plots", "runs", "launch", "evaluation", "train")
-ORDER = (*MODEL, "data", "coco_eval", "recipe", *RUNNING)
+ORDER = (*MODEL, "data", "coco_eval", "recipe", *RUNNING, "comparison", "shapes", "ablation", "predict")
 
 FROM_WHEEL = """
-import importlib, importlib.abc, pkgutil, sys
+import importlib, pkgutil, sys
 from pathlib import Path
 
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name.split(".")[0] in ("nbdev", "fastcore", "execnb", "IPython"): raise ImportError(f"{name} is not here")
-
-sys.meta_path.insert(0, Absent())
+ABSENT = ("nbdev", "fastcore", "execnb", "IPython", "onnx", "onnxscript", "onnxruntime")
+sys.modules.update({name: None for name in ABSENT})  # importing them fails
 target = Path(sys.argv[1]).resolve()
 import msad
 assert target in Path(msad.__file__).resolve().parents, msad.__file__
@@ -91,8 +88,9 @@ def test_the_wheel_holds_the_package_alone(installed):
     assert info.name == f"msad-{msad.__version__}.dist-info"
     metadata = (info / "METADATA").read_text(encoding="utf-8")
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ") and "extra ==" not in line]
-    for tool in ("nbdev", "fastcore", "execnb", "jupyter"): assert not any(tool in line for line in required)
-    for library in ("torch", "torchvision", "pycocotools", "fvcore", "matplotlib", "numpy", "pillow", "tqdm"):
+    for tool in ("nbdev", "fastcore", "execnb", "jupyter", "onnx"): assert not any(tool in line for line in required)
+    libraries = ("torch", "torchvision", "pycocotools", "ultrafast-pycocotools", "fvcore", "matplotlib", "numpy")
+    for library in (*libraries, "pillow", "tqdm"):
         assert any(line.startswith(f"Requires-Dist: {library}>") for line in required), library
 
 
