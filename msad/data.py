@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'check_annotations', 'index_annotations', 'read_json', 'read_annotations', 'class_names', 'usable_boxes',
-           'upright_rgb', 'read_image', 'CocoImages', 'resized_size', 'TrainTransform', 'TrainImages',
-           'training_indices', 'EvalTransform', 'EvalImages', 'TrainSampler', 'collate', 'train_loader', 'eval_loader',
-           'batches', 'DataSummary', 'check_data']
+           'upright_rgb', 'read_image_and_size', 'read_image', 'CocoImages', 'resized_size', 'TrainTransform',
+           'TrainImages', 'training_indices', 'EvalTransform', 'EvalImages', 'TrainSampler', 'collate', 'train_loader',
+           'eval_loader', 'batches', 'DataSummary', 'check_data']
 
 # %% ../nbs/10_data.ipynb #08d523d6
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -183,19 +184,39 @@ def upright_rgb(
     return image.convert("RGB")
 
 
-def read_image(
+def read_image_and_size(
     path: str | os.PathLike,  # image file of any kind that Pillow reads
     otherwise: str = "remove it from the annotation file",  # for error messages: what to do without the image
-) -> Image.Image:  # RGB
-    "Decode an image, turn it as its EXIF orientation says, make it RGB. Raises ValueError if it does not decode."
+    at_least: tuple[int, int] | None = None,  # short side and limit of the long side that are enough; none: in full
+) -> tuple[Image.Image, tuple[int, int]]:  # RGB image; height and width of the whole photograph, upright
+    """Decode an image like `read_image`, and say how large the photograph is.
+
+    With `at_least`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is as large as `resized_size` makes it.
+    """
     try:
-        with Image.open(path) as file: return upright_rgb(file)
+        with Image.open(path) as file:
+            width, height = file.size
+            if at_least: file.draft(None, resized_size(height, width, *at_least)[::-1])  # heeded by JPEGs alone
+            reduced = file.size != (width, height)
+            image = upright_rgb(file)
+            if not reduced: return image, (image.height, image.width)
+            turned = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter
+            return image, (width, height) if turned else (height, width)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist: put the image there or {otherwise}.") from error
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise ValueError(
             f"{path} does not decode ({type(error).__name__}: {error}): replace it or {otherwise}."
         ) from error
+
+
+def read_image(
+    path: str | os.PathLike,  # image file of any kind that Pillow reads
+    otherwise: str = "remove it from the annotation file",  # for error messages: what to do without the image
+    at_least: tuple[int, int] | None = None,  # short side and limit of the long side that are enough; none: in full
+) -> Image.Image:  # RGB
+    "Decode an image, turn it as its EXIF orientation says, make it RGB. Raises ValueError if it does not decode."
+    return read_image_and_size(path, otherwise, at_least)[0]
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -209,8 +230,9 @@ class CocoImages(Dataset):
 
     Number `i` is (RGB image turned upright, target) of image id `image_ids[i]`. The target holds `boxes` (N×4
     BoundingBoxes, float32 x₁, y₁, x₂, y₂ in the image's pixels), `labels` (N int64, ranks of the sorted category ids),
-    `iscrowd` (N bool), `image_id` (int) and `size` (height, width in pixels, as decoded). Boxes that `usable_boxes`
-    rejects are left out. Raises FileNotFoundError or ValueError (file, field, cure) if the files are not in order.
+    `iscrowd` (N bool), `image_id` (int) and `size` (height, width of the whole photograph in pixels). Boxes that
+    `usable_boxes` rejects are left out. With `decode_for`, JPEGs much larger than that come smaller, and their boxes
+    with them. Raises FileNotFoundError or ValueError (file, field, cure) if the files are not in order.
     """
 
     def __init__(
@@ -218,9 +240,10 @@ class CocoImages(Dataset):
         root: str | os.PathLike,  # data folder
         split: str,  # such as "train2017"
         coco: COCO | None = None,  # the annotation file if `read_annotations` has read it already
+        decode_for: tuple[int, int] | None = None,  # short side and limit of the long side; none: decode in full
     ):
         self.annotation_file = Path(root) / "annotations" / f"instances_{split}.json"
-        self.folder = Path(root) / split
+        self.folder, self.decode_for = Path(root) / split, decode_for
         if not Path(root).is_dir():
             raise FileNotFoundError(f"The data folder {root} does not exist: check the path or put the data there.")
         if not self.folder.is_dir():
@@ -247,6 +270,15 @@ class CocoImages(Dataset):
         "What travels to a process that loads images: the arrays, not the annotation file's objects."
         return {**self.__dict__, "coco": None}
 
+    def decoded_for(
+        self,
+        size: tuple[int, int] | None,  # short side and limit of the long side; none: in full
+    ) -> "CocoImages":
+        "The same data set, decoded for another size."
+        other = copy.copy(self)
+        other.coco, other.decode_for = self.coco, size
+        return other
+
     def __len__(self) -> int:
         "Number of images."
         return len(self.image_ids)
@@ -257,16 +289,17 @@ class CocoImages(Dataset):
     ) -> tuple[Image.Image, dict]:  # image and target
         "Decode image number `index`. Raises ValueError if it does not decode."
         index = range(len(self))[index]  # counts negative ones from the end
-        image = read_image(self.paths[index])
+        image, size = read_image_and_size(self.paths[index], at_least=self.decode_for)
         mine = slice(self.first[index], self.first[index + 1])
-        boxes, usable = usable_boxes(self.boxes[mine], (image.height, image.width))
-        boxes = torch.as_tensor(boxes[usable], dtype=torch.float32)
+        boxes, usable = usable_boxes(self.boxes[mine], size)
+        scale = [image.width / size[1], image.height / size[0]] * 2  # 1 unless decoded smaller
+        boxes = torch.as_tensor(boxes[usable] * scale, dtype=torch.float32)
         return image, {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(image.height, image.width)),
             "labels": torch.as_tensor(self.labels[mine][usable]),
             "iscrowd": torch.as_tensor(self.iscrowd[mine][usable]),
             "image_id": self.image_ids[index],
-            "size": (image.height, image.width),
+            "size": size,
         }
 
 # %% ../nbs/10_data.ipynb #5acd03e9
@@ -329,7 +362,7 @@ class TrainTransform:
 
         single = ~target["iscrowd"]
         boxes, labels = tv_tensors.wrap(target["boxes"][single], like=target["boxes"]), target["labels"][single]
-        image, boxes = _resize(image, boxes, resized_size(image.height, image.width, short_side, self.max_side))
+        image, boxes = _resize(image, boxes, resized_size(*target["size"], short_side, self.max_side))
         if transpose: image, boxes = _transpose(image, boxes)
         if vertical: image, boxes = F.vertical_flip(image), F.vertical_flip(boxes)
         if horizontal: image, boxes = F.horizontal_flip(image), F.horizontal_flip(boxes)
@@ -381,7 +414,7 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image, target: dict) -> tuple[tv_tensors.Image, dict]:
         "The image at its size for evaluation."
-        size = resized_size(image.height, image.width, self.short_side, self.max_side)
+        size = resized_size(*target["size"], self.short_side, self.max_side)
         image, boxes = _resize(image, target["boxes"], size)
         return image, {**target, "boxes": boxes}
 

@@ -68,7 +68,8 @@ def evaluate_model(
         "seconds_per_image": seconds,
         "images": len(images),
     }
-    figure = plot_detections(images, {model.config.role: results}, pick_images(images, results, 4))
+    whole = images.decoded_for(None)  # what was found is in the pixels of the whole photographs
+    figure = plot_detections(whole, {model.config.role: results}, pick_images(images, results, 4))
     return Evaluation(metrics, results, figure)
 
 
@@ -93,6 +94,7 @@ class EvaluateSettings:
     out: str | None = None  # run folder; none: the default place
     short_side: int | None = None  # none: the model's
     max_side: int | None = None
+    reduced_decoding: bool = False  # JPEGs are decoded no larger than needed
     devices: str | int = "auto"
     workers: int = 2
     resume: bool = True
@@ -142,13 +144,16 @@ def evaluate_run(
         "val_split": settings.val_split,
         "width": config.width,
         "weights": file_description(path),
+        "reduced_decoding": settings.reduced_decoding,
         "model": replace(config, short_side=short_side, max_side=max_side).to_dict(),
     }
     device, processes = resolve_device(settings.devices), processes_of(settings.devices)
     if not launched():
         state = folder_state(folder, description, settings.resume)
         print(f"{config.role} of width {config.width:g} from {shown(path)}\n{summary}")
-        print(f"test size {short_side}, at most {max_side}\nrun folder: {shown(folder)}")
+        print(f"test size {short_side}, at most {max_side}")
+        if settings.reduced_decoding: print("JPEGs are decoded no larger than needed")
+        print(f"run folder: {shown(folder)}")
         if state == "finished":
             print("finished already, is shown")
             return folder
@@ -160,6 +165,7 @@ def evaluate_run(
         if gathered(state)[0] == "finished": return folder
         if rank() == 0: write_json(folder / "settings.json", description)
         model = model.to(device, memory_format=torch.channels_last)
+        if settings.reduced_decoding: images = images.decoded_for((short_side, max_side))
         evaluation = evaluate_model(model, images, short_side, max_side, settings.workers)
         if evaluation: write_evaluation(folder, evaluation)
     return folder

@@ -78,6 +78,7 @@ class Plan:
             "val_split": settings.val_split,
             "width": self.config.width,
             "seed": settings.seed,
+            "reduced_decoding": settings.reduced_decoding,
             "weights": weights,
             "teacher": teacher,
             "model": self.config.to_dict(),
@@ -100,6 +101,7 @@ class Plan:
             f"on {self.where}"
         )
         if recipe.precision != "fp32": lines.append(f"the network computes in {recipe.precision}")
+        if settings.reduced_decoding: lines.append("JPEGs are decoded no larger than needed")
         if note := self.batch_norm_note: lines.append(note)
         if settings.batch_size and settings.lr is None and settings.batch_size != base_recipe(settings).batch_size:
             lines.append(f"the rate is the recipe's {base_recipe(settings).lr:g}, scaled with the batch size")
@@ -200,7 +202,7 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
         command = f"papermill nbs/train_teacher.ipynb teacher.ipynb {chosen}"
         raise FileNotFoundError(f"teacher: none is finished at {folder}; train it with `{command}`, or give one")
     own = ("weights", "out", "iterations", "batch_size", "lr", "alpha", "eval_every")
-    free = dict(role="teacher", precision="fp32", batch_norm="trained", resume=True)
+    free = dict(role="teacher", precision="fp32", batch_norm="trained", reduced_decoding=False, resume=True)
     try:
         return file, prepare(replace(settings, **dict.fromkeys(own), **free))
     except ValueError as error:
@@ -246,7 +248,10 @@ def _train(plan: Plan) -> None:
     model, said = initial_model(plan)
     if local_rank() == 0: print(said)
     model = model.to(resolve_device(settings.devices), memory_format=torch.channels_last)
-    transform = TrainTransform(plan.config.short_side, plan.config.max_side, recipe.flips, settings.seed)
+    sizes = plan.config.short_side, plan.config.max_side
+    images, val_images = plan.images, plan.val_images
+    if settings.reduced_decoding: images, val_images = images.decoded_for(sizes), val_images.decoded_for(sizes)
+    transform = TrainTransform(*sizes, recipe.flips, settings.seed)
     if rank() == 0:
         write_json(folder / "settings.json", plan.description)
         write_json(folder / "train.json", settings_dict(settings))
@@ -255,16 +260,15 @@ def _train(plan: Plan) -> None:
 
     left = recipe.iterations - (int(checkpoints(folder)[0].stem) if checkpoints(folder) else 0)
     if left > 0:
-        seconds = seconds_per_step(model, recipe, plan.images, transform, settings.workers, settings.accumulate)
+        seconds = seconds_per_step(model, recipe, images, transform, settings.workers, settings.accumulate)
         estimate = f"{left:,} iterations to go at about {seconds:.2f} s each: {duration(left * seconds)}"
         if local_rank() == 0: print(estimate, flush=True)
     evaluation = None
 
     def evaluate(iteration: int) -> tuple[dict, Figure | None]:
         nonlocal evaluation
-        detector, sizes = trained_part(model), (plan.config.short_side, plan.config.max_side)
-        last = iteration == recipe.iterations
-        evaluation = evaluate_model(detector, plan.val_images, *sizes, settings.workers, leave_bar=last)
+        detector, last = trained_part(model), iteration == recipe.iterations
+        evaluation = evaluate_model(detector, val_images, *sizes, settings.workers, leave_bar=last)
         if evaluation is None: return {}, None
         earlier = [row for row in read_log(folder, "evaluations.jsonl") if row["iteration"] < iteration]
         best = folder / "model_best.pth"
@@ -279,7 +283,7 @@ def _train(plan: Plan) -> None:
 
     eval_every = settings.eval_every or max(100, recipe.iterations // 10)
     fit(
-        model, plan.images, transform, recipe, folder, settings.workers, settings.checkpoint_every,
+        model, images, transform, recipe, folder, settings.workers, settings.checkpoint_every,
         settings.keep_checkpoints, settings.accumulate, evaluate, eval_every,
     )  # fmt: skip
     if evaluation: write_evaluation(folder, evaluation, iterations=recipe.iterations)

@@ -381,6 +381,45 @@ def test_eval_transform(data):
     assert np.array_equal(pixels.permute(1, 2, 0).numpy(), image.resize((120, 80), Image.Resampling.BILINEAR))
 
 
+def test_reduced_decoding(tmp_path):
+    make_data(tmp_path)
+    path = tmp_path / "train/0.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 8  # stored lying on its side
+    pixels = np.full((1203, 802, 3), 230, dtype=np.uint8)
+    pixels[201:801, 300:702] = 20  # upright, the object
+    Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_270).save(path, exif=exif, quality=95)
+    dataset = json.loads((tmp_path / "annotations/instances_train.json").read_text())
+    dataset["images"][0].update(height=1203, width=802)
+    dataset["annotations"] = [
+        {"id": 1, "image_id": 100, "category_id": 7, "bbox": [300, 201, 402, 600], "iscrowd": 0},
+        {"id": 2, "image_id": 100, "category_id": 7, "bbox": [700, 1000, 500, 500], "iscrowd": 0},  # sticks out
+    ]
+    write(tmp_path, dataset)
+    whole = CocoImages(tmp_path, "train")
+    for sizes, decoded in (((100, 167), (101, 151)), ((200, 333), (201, 301)), ((400, 667), (401, 602))):
+        part = CocoImages(tmp_path, "train", decode_for=sizes)
+        assert part[5][0].size == decoded and whole[5][0].size == (802, 1203) and whole[4][0].size == part[4][0].size
+        assert part[5][1]["size"] == whole[5][1]["size"] == (1203, 802)
+        assert np.array_equal(part.sizes, whole.sizes)
+        x1, y1, x2, y2 = part[5][1]["boxes"][0].round().int().tolist()
+        grey = np.asarray(part[5][0].convert("L"))
+        assert grey[y1 + 2 : y2 - 2, x1 + 2 : x2 - 2].max() < 40
+        assert (grey < 125).sum() == pytest.approx((x2 - x1) * (y2 - y1), rel=0.03)
+        for epoch in range(8):
+            one, other = (TrainImages(images, TrainTransform(*sizes, "all"))[epoch, 5] for images in (whole, part))
+            assert one[0].shape == other[0].shape and (one[0].float() - other[0].float()).abs().mean() < 3
+            torch.testing.assert_close(torch.as_tensor(one[1]["boxes"]), torch.as_tensor(other[1]["boxes"]))
+        (views, targets), *_ = [
+            batch for batch in eval_loader(part, EvalTransform(*sizes), workers=1) if batch[1][0]["image_id"] == 100
+        ]
+        assert tuple(views[0].shape[1:]) == resized_size(1203, 802, *sizes) and targets[0]["size"] == (1203, 802)
+    same = part.decoded_for(None)
+    assert same.coco is part.coco and same[5][0].size == (802, 1203) and part[5][0].size == (401, 602)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"0\.jpg does not decode"): part[5]
+
+
 # --- order
 
 

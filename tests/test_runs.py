@@ -9,6 +9,7 @@ import torch
 from conftest import write_coco
 
 from msad.checkpoint import load_model, read_checkpoint, save_model
+from msad.data import read_image_and_size
 from msad.detectors import ModelConfig, build_model
 from msad.evaluation import EvaluateSettings, evaluate_run
 from msad.log import read_log
@@ -80,6 +81,7 @@ def test_finished_run_is_shown_and_not_repeated(finished):
     (dict(neck_channels=96), "model.neck_channels: 64 there, 96 now"),
     (dict(precision="bf16"), "recipe.precision: fp32 there, bf16 now"),
     (dict(short_side=64, max_side=64), "model.short_side: 128 there, 64 now"),
+    (dict(reduced_decoding=True), "reduced_decoding: False there, True now"),
     (dict(resume=False), "resume is false"),
 ])  # fmt: skip
 def test_folder_of_another_run_is_refused_and_untouched(finished, change, said):
@@ -87,6 +89,48 @@ def test_folder_of_another_run_is_refused_and_untouched(finished, change, said):
     with pytest.raises(ValueError, match=said):
         prepare(teacher_settings(finished / "data", finished / "teacher-w0.25", **change))
     assert before == {p: p.read_bytes() for p in (finished / "teacher-w0.25").rglob("*") if p.is_file()}
+
+
+def test_folder_of_an_earlier_version_is_known(finished, tmp_path):
+    shutil.copytree(finished / "teacher-w0.25", tmp_path / "teacher-w0.25")
+    path = tmp_path / "teacher-w0.25" / "settings.json"
+    content = json.loads(path.read_text())
+    assert content.pop("reduced_decoding") is False
+    path.write_text(json.dumps(content))
+    settings = teacher_settings(finished / "data", tmp_path / "teacher-w0.25")
+    assert prepare(settings).state == "finished"
+    with pytest.raises(ValueError, match="reduced_decoding: False there, True now"):
+        prepare(replace(settings, reduced_decoding=True))
+
+
+def test_reduced_decoding(tmp_path, monkeypatch):
+    for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split, size=(640, 512))
+    asked = []
+
+    def read(*arguments, at_least=None):
+        asked.append(at_least)
+        return read_image_and_size(*arguments, at_least=at_least)
+
+    monkeypatch.setattr("msad.data.read_image_and_size", read)
+    settings = teacher_settings(tmp_path / "data", tmp_path / "run", iterations=1, reduced_decoding=True)
+    plan = prepare(settings)
+    assert "JPEGs are decoded no larger than needed" in str(plan)
+    run(plan)
+    assert set(asked[:-4]) == {(128, 213)} and asked[-4:] == [None] * 4  # the last are for the picture of detections
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["reduced_decoding"] is True
+    assert prepare(settings).state == "finished"
+
+    student = build_model(ModelConfig("student", 0.25, ("pine", "oak"), (7, 90), 64, 1, 64, 107))
+    torch.nn.init.constant_(student.head.cls_logits.bias, -2.9)
+    save_model(tmp_path / "student.pth", student)
+    common = dict(model=str(tmp_path / "student.pth"), data=str(tmp_path / "data"), workers=0, devices="cpu")
+    whole = EvaluateSettings(**common, out=str(tmp_path / "whole"))
+    reduced = EvaluateSettings(**common, out=str(tmp_path / "reduced"), reduced_decoding=True)
+    ones, others = (json.loads((evaluate_run(s) / "detections.json").read_text()) for s in (whole, reduced))
+    assert ones != others
+    for found in (ones, others): assert 560 < max(d["bbox"][0] + d["bbox"][2] for d in found) <= 640
+    with pytest.raises(ValueError, match="reduced_decoding: True there, False now"):
+        evaluate_run(replace(whole, out=reduced.out))
 
 
 def test_same_seed_gives_the_same_log_and_another_seed_another(coco, tmp_path):
