@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN_NOTEBOOKS = ("train_teacher", "train_student", "evaluate", "predict", "export", "analysis", "ablation")
+RUN_NOTEBOOKS = ("train_teacher", "train_student", "evaluate", "predict", "export", "analysis", "ablation", "benchmark")
 
 
 def changed_by(command: str, folder: str, pattern: str) -> list[str]:

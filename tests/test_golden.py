@@ -20,6 +20,7 @@ from torchvision.ops import box_iou
 from msad.alignment import HIGH_LEVELS, low_view
 from msad.checkpoint import load_original, slimmable_name
 from msad.detectors import CAFFE, Distillation, Teacher
+from msad.fast import WinogradConv, fast_form
 from msad.neck import LEVELS
 
 FOLDER = Path(__file__).parent / "golden" / "cases"
@@ -238,6 +239,18 @@ def test_float_images_give_what_uint8_images_give(case):
     with torch.no_grad(): found = case.model([case.images[0].float() / 255])[0]
     torch.testing.assert_close(case.teacher.transform([case.images[0].float() / 255]), case.batch)
     assert_same_detections(found, case.detections[0])
+
+
+def test_fast_form_agrees_closely(case):
+    plain = case.teacher if case.role == "teacher" else case.model.student
+    fast = fast_form(plain)
+    assert any(isinstance(module, WinogradConv) for module in fast.modules())
+    for image, high in zip(case.images, case.detections, strict=True):
+        with torch.no_grad(): (found,) = fast([image])
+        gaps = (found["boxes"][:, None] - high["boxes"]).abs().amax(2)
+        gaps, nearest = gaps.masked_fill(found["labels"][:, None] != high["labels"], torch.inf).min(1)
+        assert len(found["scores"]) == len(high["scores"]) and gaps.max() < 0.01
+        assert (found["scores"] - high["scores"][nearest]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("case", STUDENTS, indirect=True)

@@ -17,9 +17,9 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for path in (ROOT / "msad").glob("*.py") if not path.name.startswith("_"))
 MODULES = [path.stem for path in SOURCES]
 PARTS = ("backbone", "neck", "targets", "head", "losses", "detections", "alignment")
-MODEL = (*PARTS, "detectors", "checkpoint", "capacity", "export")
+MODEL = (*PARTS, "detectors", "checkpoint", "capacity", "fast", "export")
 RUNNING = ("processes", "inference", "log", "resume", "loop", "plots", "runs", "launch", "evaluation", "train")
-ORDER = (*MODEL, "data", "coco_eval", "recipe", *RUNNING, "comparison", "shapes", "ablation", "predict")
+ORDER = (*MODEL, "data", "coco_eval", "recipe", *RUNNING, "comparison", "shapes", "ablation", "predict", "benchmark")
 
 FROM_WHEEL = """
 import importlib, pkgutil, sys

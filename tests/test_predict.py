@@ -16,6 +16,7 @@ from msad.checkpoint import save_model
 from msad.coco_eval import evaluate
 from msad.data import EvalTransform, read_annotations, read_image
 from msad.detectors import CAFFE, ModelConfig, build_model
+from msad.fast import WinogradConv
 from msad.inference import scale_back
 from msad.predict import BATCH_SIZE, Prediction, Predictor, image_files, predict_files, results_text
 
@@ -88,9 +89,34 @@ def test_equals_the_plain_model(tmp_path, role, pad, normalization):
     assert len(photographs) > BATCH_SIZE
     for photograph, found in zip(photographs, Predictor(tmp_path / "model.pth", pad=pad)(photographs), strict=True):
         none = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=found.size)
-        view, _ = EvalTransform(64, 101)(photograph, {"boxes": none})
+        view, _ = EvalTransform(64, 101)(photograph, {"boxes": none, "size": found.size})
         with torch.no_grad(): (plain,) = model([view])
         same(found, scale_back(plain, tuple(view.shape[-2:]), (photograph.height, photograph.width)))
+
+
+def test_a_wide_head_in_its_fast_form_equals_the_plain_model(tmp_path):
+    torch.manual_seed(0)
+    config = ModelConfig("student", 0.25, ("ash", "oak"), (7, 90), 128, 2, 400, 666)
+    model = build_model(config).eval()
+    torch.nn.init.normal_(model.head.bbox_pred.weight, std=0.3)
+    torch.nn.init.normal_(model.head.cls_logits.weight, std=0.3)
+    save_model(tmp_path / "model.pth", model)
+    photographs = [Image.fromarray(noise(400, 500, seed)) for seed in range(3)]
+    predictor = Predictor(tmp_path / "model.pth")
+    assert any(isinstance(module, WinogradConv) for module in predictor.model.modules())
+    for photograph, found in zip(photographs, predictor(photographs), strict=True):
+        with torch.no_grad(): (plain,) = model([torch.tensor(np.asarray(photograph)).permute(2, 0, 1)])
+        same(found, plain)
+
+
+def test_reduced_decoding_gives_boxes_in_the_photographs_pixels(place, student, tmp_path):
+    Image.fromarray(noise(512, 768)).save(tmp_path / "large.jpg", quality=95)
+    reduced = Predictor(place / "student.pth", reduced_decoding=True)
+    found, full = reduced(tmp_path / "large.jpg"), student(tmp_path / "large.jpg")
+    assert found.size == full.size == (512, 768) and found["boxes"][:, 2].max() > 700
+    assert abs(found["scores"][0] - full["scores"][0]) < 0.02
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "large.jpg").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="half.jpg does not decode"): reduced(tmp_path / "half.jpg")
 
 
 def test_the_low_view_is_not_the_photograph_at_half_size(student):
