@@ -84,7 +84,7 @@ def branch_losses(
     centerness = centerness.squeeze(2)
     positives, weight = (norm.to(logits) for norm in (normalizers([targets]) if norms is None else norms))
 
-    one_hot = F.one_hot(targets.labels + 1, logits.shape[2] + 1)[..., 1:].to(logits)
+    one_hot = (targets.labels[..., None] == torch.arange(logits.shape[2], device=logits.device)).to(logits)
     classes = sigmoid_focal_loss(logits, one_hot, alpha=0.25, gamma=2, reduction="sum")
     boxes = (giou_loss(distances, targets.distances) * targets.centerness).sum()
     central = F.binary_cross_entropy_with_logits(centerness, targets.centerness.to(centerness), reduction="none")

@@ -38,7 +38,8 @@ def make_locations(
         y = torch.arange(height, device=level.device) * stride + stride // 2
         points.append(torch.cartesian_prod(y, x).flip(1))
         strides.append(torch.full((height * width,), stride, device=level.device))
-        ranges.append(torch.tensor(limits, device=level.device).expand(height * width, 2))
+        limits = [torch.full((height * width,), float(limit), device=level.device) for limit in limits]
+        ranges.append(torch.stack(limits, dim=1))
     counts = tuple(p.shape[0] for p in points)
     return Locations(torch.cat(points).float(), torch.cat(strides).float(), torch.cat(ranges), counts)
 
