@@ -83,9 +83,10 @@ class InputTransform(nn.Module):
         batch = self.mean.new_zeros(len(images), 3, height, width)
         for image, place in zip(images, batch, strict=True):
             image = image.to(self.mean.device)
-            image = image.float() if image.dtype == torch.uint8 else image * 255
-            if self.normalization.bgr: image = image.flip(0)
-            place[:, : image.shape[1], : image.shape[2]] = (image - self.mean) / self.std
+            pixels = place[:, : image.shape[1], : image.shape[2]]  # changed in place: memory is what takes time here
+            pixels.copy_(image.flip(0) if self.normalization.bgr else image)
+            if image.dtype != torch.uint8: pixels.mul_(255)
+            pixels.sub_(self.mean).div_(self.std)
         return batch
 
 # %% ../nbs/07_detectors.ipynb #fa1118d3
