@@ -38,7 +38,7 @@ ablation: install  ## repeat the ablation on the bundled photographs from nothin
 test: install lint  ## everything: package and notebooks agree, notebooks are clean and run, tests pass
 	$(BIN)/python tests/check_notebooks.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	$(BIN)/pytest -q --durations 10 tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --durations 10 tests
 
 lint: install  ## ruff over package, tests and notebooks
 	$(BIN)/ruff check .
