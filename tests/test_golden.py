@@ -27,9 +27,6 @@ FOLDER = Path(__file__).parent / "golden" / "cases"
 STUDENTS = ("student_w0.25", "student_w0.50_dense", "student_w1.00")
 CASES = (*STUDENTS, "teacher_w0.25", "teacher_w0.50")
 RELATIVE = 1e-3
-# The first convolution collects the rounding of all that comes after it: in 64-bit numbers its norm in teacher_w0.50 is
-# 0.3 % less than recorded, and in 32-bit numbers 0.1 to 0.3 % less, depending on the vectors of the processor.
-STEM, STEM_RELATIVE = "backbone.stem.0.weight", 5e-3
 SCORE_FLOOR = 1e-5
 
 
@@ -212,9 +209,8 @@ def test_gradient_norms(case):
     _, norms = case.training
     recorded = case.recorded("grad")
     floor = RELATIVE * max(map(float, recorded.values()))
-    fractions = {our_name(name): off(norms[our_name(name)], x, floor) for name, x in recorded.items()}
-    allowed = {STEM: STEM_RELATIVE / RELATIVE}
-    assert {name: fraction for name, fraction in fractions.items() if fraction > allowed.get(name, 1)} == {}
+    fractions = {name: off(norms[our_name(name)], x, floor) for name, x in recorded.items()}
+    assert {name: fraction for name, fraction in fractions.items() if fraction > 1} == {}
 
 
 def test_small_gradients_are_not_lost(case):

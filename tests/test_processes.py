@@ -150,7 +150,7 @@ def test_any_number_of_processes_learns_the_same(place, tmp_path, role):
     alone, losses = learned(1)
     assert alone["neck.p6.weight"].dtype == torch.float64
     began = weights(place / "teacher")
-    assert largest_difference(alone, {name: began[name] for name in alone}) > 0.001
+    assert largest_difference(alone, {name: began[name] for name in alone}) > 0.01
     for how in ((2,), (3,), (2, 3)) if role == "teacher" else ((2,), (1, 3)):
         theirs, their_losses = learned(*how)
         # Rounding grows from step to step, at worst a hundred times; anything else shows in the first ones.
