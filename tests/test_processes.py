@@ -43,12 +43,10 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("processes")
     write_coco(root / "data", "train2017", images=12)
     write_coco(root / "data", "val2017", images=5)
-    # Enough steps for BatchNorm's statistics to mean something, since most tests leave them fixed.
-    recipe = dict(iterations=25, batch_size=4, lr=1e-4)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the same teacher on every machine, since from some the tests' ten steps are chaotic
+    # Past the steep beginning: there, with BatchNorm fixed, each step makes a difference in rounding a hundred times
+    # larger, and ten steps tell nothing.
+    recipe = dict(iterations=60, batch_size=4, lr=1e-3)
     run(prepare(TrainSettings("teacher", data=str(root / "data"), out=str(root / "teacher"), **SIZES, **recipe)))
-    torch.set_num_threads(threads)
     return root
 
 
@@ -153,10 +151,8 @@ def test_any_number_of_processes_learns_the_same(place, tmp_path, role):
     assert largest_difference(alone, {name: began[name] for name in alone}) > 0.01
     for how in ((2,), (3,), (2, 3)) if role == "teacher" else ((2,), (1, 3)):
         theirs, their_losses = learned(*how)
-        # Rounding grows from step to step, at worst a hundred times; anything else shows in the first ones.
-        assert their_losses[:4] == pytest.approx(losses[:4], rel=1e-13)
-        assert largest_difference(alone, theirs) < 1e-5
-        assert their_losses == pytest.approx(losses, rel=1e-5)
+        assert their_losses == pytest.approx(losses, rel=1e-13)
+        assert largest_difference(alone, theirs) < 1e-12
 
 
 def test_run_of_several_processes_is_that_of_one(place, tmp_path):

@@ -1,8 +1,8 @@
 """Ten iterations in 64-bit numbers: python tests/train_in_double.py DATA TEACHER ROLE ACCUMULATE OUT
 
 Shares of a batch add up to the batch but for rounding, and training magnifies rounding: where a rectified value or the
-smaller of two lies at its kink, a last digit decides which gradient flows. With 64-bit weights the magnified digits
-are still far behind the point, so that a difference that matters would show. The images of a batch differ in their
+smaller of two lies at its kink, a last digit decides which gradient flows. In 64-bit numbers hardly any value lies
+that near, so that a difference that matters would show. The images of a batch differ in their
 padded size. Started plainly, or with torchrun.
 """
 
@@ -22,7 +22,7 @@ data, teacher, role, accumulate, out = sys.argv[1:]
 with joined(torch.device("cpu")):
     model = load_model(teacher).double()
     if role == "student": model = Distillation(student_of(model).double(), model)
-    recipe = Recipe(10, batch_size=6, lr=1e-3, warmup=2, distillation_warmup=4, batch_norm="fixed")
+    recipe = Recipe(10, batch_size=6, lr=2e-3, warmup=2, distillation_warmup=4, batch_norm="fixed")
     transform = TrainTransform(80, 133)
     fit(model, CocoImages(data, "train2017"), transform, recipe, Path(out), accumulate=int(accumulate))
     if rank() == 0: save_model(Path(out) / "model_final.pth", model.student if role == "student" else model)
