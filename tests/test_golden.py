@@ -5,10 +5,14 @@
 
 import copy
 import json
+import os
 import re
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -34,6 +38,7 @@ SCORE_FLOOR = 1e-5
 class Case:
     "A recorded case and our model of it."
 
+    name: str
     role: str
     width: float
     images: list[Tensor]  # RGB 3×H×W, uint8
@@ -89,17 +94,18 @@ class Case:
         return {name.removeprefix(f"{kind}/"): x for name, x in self.expected.items() if name.startswith(f"{kind}/")}
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request, tmp_path_factory) -> Case:
-    path = FOLDER / request.param
+def load(name: str) -> Case:
+    "The case of that name; its weights go through a file, as a user's do."
+    path = FOLDER / name
     meta = json.loads(path.with_name(f"{path.name}.json").read_text())
     state, images, targets, expected = load_case(str(path))
-    file = tmp_path_factory.mktemp("published") / "model_final.pth"
-    torch.save({"model": state}, file)
-    del state
-    model = load_original(file)
-    file.unlink()
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "model_final.pth"
+        torch.save({"model": state}, file)
+        del state
+        model = load_original(file)
     return Case(
+        name=name,
         role=meta["role"],
         width=meta["width"],
         images=[torch.from_numpy(image).permute(2, 0, 1) for image in images],
@@ -107,6 +113,21 @@ def case(request, tmp_path_factory) -> Case:
         expected=expected,
         model=model,
     )
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request) -> Case:
+    return load(request.param)
+
+
+@pytest.fixture(scope="module")
+def common_kernels():
+    "A process that computes with PyTorch's kernels for any processor."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATEN_CPU_CAPABILITY", "default")
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            pool.submit(os.getpid).result()  # starts it, with this environment
+            yield pool
 
 
 def off(actual, expected, floor: float = 0.0) -> float:
@@ -205,12 +226,32 @@ def test_losses(case):
     assert {name: off(losses[name], x) for name, x in case.recorded("loss").items() if off(losses[name], x) > 1} == {}
 
 
-def test_gradient_norms(case):
-    _, norms = case.training
+def off_norms(case: Case, norms: dict[str, float]) -> dict[str, float]:
+    "How far gradient norms are off the recorded ones, as fractions of what is allowed."
     recorded = case.recorded("grad")
     floor = RELATIVE * max(map(float, recorded.values()))
-    fractions = {name: off(norms[our_name(name)], x, floor) for name, x in recorded.items()}
+    return {our_name(name): off(norms[our_name(name)], x, floor) for name, x in recorded.items()}
+
+
+def norms_of(name: str) -> dict[str, float]:
+    "The gradient norms of the case of that name."
+    return load(name).training[1]
+
+
+def test_gradient_norms(case, common_kernels):
+    # Of ten million rectified values some are so near 0 that rounding decides which gradient flows. What comes of it
+    # gathers in the first convolution: of teacher_w0.50 its norm is recorded as 644.5, and is 642.4 in 64-bit numbers
+    # and 640 to 650 by choice of kernels. So the recorded rounding may be that of either kind of kernel.
+    fractions = off_norms(case, case.training[1])
+    if max(fractions.values()) > 1:
+        fractions = off_norms(case, common_kernels.submit(norms_of, case.name).result())
     assert {name: fraction for name, fraction in fractions.items() if fraction > 1} == {}
+
+
+def test_all_gradient_norms_but_the_first_are_ten_times_closer(case):
+    fractions = off_norms(case, case.training[1])
+    del fractions["backbone.stem.0.weight"]
+    assert {name: fraction for name, fraction in fractions.items() if fraction > 0.1} == {}
 
 
 def test_small_gradients_are_not_lost(case):
