@@ -241,7 +241,7 @@ class AblationSettings:
     lr: float = 2e-3  # of what starts from nothing; the others have half
     alpha: float = 0.02  # size of the distillation
     relative_alpha: float = 0.1  # the same where distances are relative
-    precision: str = "bf16"
+    precision: str = "fp32"
     seeds: int = 5  # of the teacher and the variants 2, 3 and 6
     other_seeds: int = 3  # of the others
     out: str | None = None  # folder of the runs; none: runs/DATA/ablation under the repository
