@@ -5,6 +5,9 @@ RUNS := runs/trees
 # Kernel output goes to the terminal as it comes, progress bars included.
 PAPERMILL := $(BIN)/papermill --no-progress-bar --stdout-file - --stderr-file -
 
+# Begins first, so that one process of two is not left alone with it at the end.
+LONGEST := tests/test_processes.py
+
 .PHONY: help install demo ablation test lab lint notebooks clean
 
 help:  ## list the commands
@@ -38,7 +41,8 @@ ablation: install  ## repeat the ablation on the bundled photographs from nothin
 test: install lint  ## everything: package and notebooks agree, notebooks are clean and run, tests pass
 	$(BIN)/python tests/check_notebooks.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --durations 10 tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10 \
+		$(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
 lint: install  ## ruff over package, tests and notebooks
 	$(BIN)/ruff check .
