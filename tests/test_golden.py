@@ -32,6 +32,7 @@ STUDENTS = ("student_w0.25", "student_w0.50_dense", "student_w1.00")
 CASES = (*STUDENTS, "teacher_w0.25", "teacher_w0.50")
 RELATIVE = 1e-3
 SCORE_FLOOR = 1e-5
+STEM = "backbone.stem.0.weight"
 
 
 @dataclass
@@ -238,20 +239,18 @@ def norms_of(name: str) -> dict[str, float]:
     return load(name).training[1]
 
 
-def test_gradient_norms(case, common_kernels):
+def test_gradient_norms(case):
+    allowed = {STEM: 5}
+    fractions = off_norms(case, case.training[1])
+    assert {name: fraction for name, fraction in fractions.items() if fraction > allowed.get(name, 0.1)} == {}
+
+
+def test_gradient_norm_of_the_first_convolution(case, common_kernels):
     # Of ten million rectified values some are so near 0 that rounding decides which gradient flows. What comes of it
-    # gathers in the first convolution: of teacher_w0.50 its norm is recorded as 644.5, and is 642.4 in 64-bit numbers
-    # and 640 to 650 by choice of kernels. So the recorded rounding may be that of either kind of kernel.
-    fractions = off_norms(case, case.training[1])
-    if max(fractions.values()) > 1:
-        fractions = off_norms(case, common_kernels.submit(norms_of, case.name).result())
-    assert {name: fraction for name, fraction in fractions.items() if fraction > 1} == {}
-
-
-def test_all_gradient_norms_but_the_first_are_ten_times_closer(case):
-    fractions = off_norms(case, case.training[1])
-    del fractions["backbone.stem.0.weight"]
-    assert {name: fraction for name, fraction in fractions.items() if fraction > 0.1} == {}
+    # gathers here: the norm of teacher_w0.50 is recorded as 644.5, is 642.4 in 64-bit numbers, and differs by up to
+    # 1 % among kernels. So the recorded rounding may be that of either kind of kernel.
+    here = off_norms(case, case.training[1])[STEM]
+    assert here <= 1 or off_norms(case, common_kernels.submit(norms_of, case.name).result())[STEM] <= 1
 
 
 def test_small_gradients_are_not_lost(case):
