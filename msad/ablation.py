@@ -57,11 +57,10 @@ from msad.runs import (
     claimed,
     data_folder,
     data_name,
-    flat,
+    differences,
     folder_state,
     repository,
     runs_folder,
-    shorten,
     shown,
     write_json,
 )
@@ -348,7 +347,8 @@ def train_variant(
         "model": detector.config.to_dict(),
         "recipe": asdict(recipe),
     }
-    if folder_state(folder, description) == "finished": return read_json(folder / "metrics.json")
+    finished = folder_state(folder, description) == "finished"
+    if finished and (folder / "weights.pth").is_file(): return read_json(folder / "metrics.json")
 
     write_json(folder / "settings.json", description)
     transform = TrainTransform(config.short_side, config.max_side, recipe.flips, seed)
@@ -397,11 +397,13 @@ def made_data(
 ) -> Path:
     "The folder of data that are made here, written if they are not there: of shapes 4,000 and 500 pictures."
     root = runs_folder(name) / "data"
-    if name == "held-out":
-        write_held_out(root)
-    else:
-        write_shapes(root, "train2017", 4000, seed=0)
-        write_shapes(root, "val2017", 500, seed=1)
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".lock"):  # several processes may share the work
+        if name == "held-out":
+            write_held_out(root)
+        else:
+            write_shapes(root, "train2017", 4000, seed=0)
+            write_shapes(root, "val2017", 500, seed=1)
     return root
 
 
@@ -412,12 +414,10 @@ def read_results(
     path = settings.results_file
     if not path.exists(): return []
     contents = read_json(path)
-    there, now = flat(contents["settings"]), flat(settings.shared)
-    differing = [name for name in {**there, **now} if there.get(name) != now.get(name)]
-    if differing:
-        said = [f"{name}: {shorten(there.get(name))} there, {shorten(now.get(name))} now" for name in differing]
+    if differing := differences(contents["settings"], settings.shared):
+        said = "; ".join(differing.values())
         raise ValueError(
-            f"results: {path} holds results of other settings ({'; '.join(said)}); give another file or its settings"
+            f"results: {path} holds results of other settings ({said}); give another file or its settings"
         )
     return contents["runs"]
 

@@ -39,9 +39,10 @@ def write_atomically(
     that ends in `.partial`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
         with os.fdopen(descriptor, "wb") as file:
             write(file)
             file.flush()
@@ -49,11 +50,9 @@ def write_atomically(
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
-    except BaseException:
-        os.unlink(temporary)
+    except BaseException as error:
+        if temporary: Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError): raise cannot_write(path, error) from error
         raise
 
 
@@ -186,6 +185,8 @@ def read_file(path: Path, parameter: str) -> dict:
                 'save its weights alone, as torch.save({"model": model.state_dict()}, file), and give that file'
             ) from None
         raise ValueError(f"{parameter}: {path} is not a checkpoint or is damaged; get the file once more") from None
+    except (OSError, MemoryError):  # say nothing about the file
+        raise
     except Exception:  # what torch raises for a file that is no checkpoint depends on its first bytes
         raise ValueError(f"{parameter}: {path} is not a checkpoint or is damaged; get the file once more") from None
     if not isinstance(contents, dict) or not isinstance(contents.get("model"), dict):

@@ -287,9 +287,15 @@ class CocoImages(Dataset):
         self,
         index: int,  # position in `image_ids`
     ) -> tuple[Image.Image, dict]:  # image and target
-        "Decode image number `index`. Raises ValueError if it does not decode."
+        "Decode image number `index`. Raises ValueError if it does not decode or has another size than stated."
         index = range(len(self))[index]  # counts negative ones from the end
         image, size = read_image_and_size(self.paths[index], at_least=self.decode_for)
+        stated = self.sizes[index].tolist()
+        if sorted(size) != sorted(stated):
+            raise ValueError(
+                f"{self.paths[index]} has {list(size)} as [height, width] and {self.annotation_file} states {stated}: "
+                "correct its 'height' and 'width' or put the right image there."
+            )
         mine = slice(self.first[index], self.first[index + 1])
         boxes, usable = usable_boxes(self.boxes[mine], size)
         scale = [image.width / size[1], image.height / size[0]] * 2  # 1 unless decoded smaller

@@ -375,9 +375,10 @@ def build_model(
 # %% ../nbs/07_detectors.ipynb #881c6fb6
 def student_of(
     teacher: Teacher,
+    config: ModelConfig | None = None,  # of the student; none: the teacher's, but for the role
 ) -> Student:
     "A student that starts from the teacher's backbone, neck (but for P7) and head; it shares no memory with them."
-    student = build_model(replace(teacher.config, role="student"))
+    student = build_model(config or replace(teacher.config, role="student"))
     weights = teacher.state_dict()
     student.load_state_dict({name: weights[name] for name in student.state_dict()})
     return student

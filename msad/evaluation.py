@@ -7,6 +7,7 @@ __all__ = ['Evaluation', 'evaluate_model', 'write_evaluation', 'EvaluateSettings
 
 # %% ../nbs/21_evaluation.ipynb #9217423a
 import argparse
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,7 +176,13 @@ def main() -> None:
     "`python -m msad.evaluation SETTINGS`, or the same with `torchrun -m`."
     parser = argparse.ArgumentParser(prog="msad.evaluation", description="Evaluate a detector.")
     parser.add_argument("settings", help="JSON file with parameters of the notebook `evaluate`")
-    with worker(): evaluate_run(read_settings_file(parser.parse_args().settings, EvaluateSettings))
+    path = parser.parse_args().settings
+    with worker():
+        try:
+            evaluate_run(read_settings_file(path, EvaluateSettings))
+        except (ValueError, FileNotFoundError) as error:
+            if launched(): raise
+            sys.exit(str(error))
 
 # %% ../nbs/21_evaluation.ipynb #cf0ce8d1
 if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook, too, is "__main__", but no file

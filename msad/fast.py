@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .detectors import Student, Teacher
 
 # %% ../nbs/26_fast.ipynb #c0000009
-MIN_CELLS = 1024
+MIN_CELLS = 2048
 
 
 class WinogradConv(nn.Module):

@@ -36,7 +36,7 @@ from .inference import scale_back
 from .loop import AUTOCAST
 from .plots import SCORE_THRESHOLD, draw_boxes
 from .processes import resolve_device
-from .runs import data_folder, file_description, flat, read_settings, repository, shorten, shown, write_json
+from .runs import data_folder, differences, file_description, read_settings, repository, shorten, shown, write_json
 
 # %% ../nbs/27_predict.ipynb #ac3dfab4
 def as_photograph(
@@ -274,10 +274,8 @@ def is_finished(
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return False
     if not (folder / "settings.json").is_file():
         raise ValueError(f"out: {folder} is there and holds no predictions; give another out")
-    there, now = flat(read_settings(folder)), flat(description)
-    differing = [name for name in {**there, **now} if there.get(name) != now.get(name)]
-    if differing:
-        said = "; ".join(f"{name}: {there.get(name)} there, {now.get(name)} now" for name in differing[:3])
+    if differing := differences(read_settings(folder), description):
+        said = "; ".join(list(differing.values())[:3])
         raise ValueError(f"out: {folder} holds something else ({said}); give another out or remove the folder")
     return (folder / "results.json").is_file()
 

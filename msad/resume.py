@@ -57,13 +57,13 @@ def checkpoints(
 def read_training(
     path: Path,  # a checkpoint
 ) -> dict | None:
-    "What a checkpoint holds; none when it is damaged. Raises a `ValueError` when it has another format."
+    "What a checkpoint holds; none when it is damaged. Raises a `ValueError` when it is sound and of another kind."
     try:
-        with zipfile.ZipFile(path) as file:
-            if file.testzip() is not None: return None
-        contents = read_file(path, "out")
+        with zipfile.ZipFile(path) as file: sound = file.testzip() is None
     except (ValueError, zipfile.BadZipFile):
-        return None
+        sound = False
+    if not sound: return None
+    contents = read_file(path, "out")
     if contents.get("format") != TRAINING_FORMAT:
         raise ValueError(
             f"out: {path} has the format {contents.get('format')!r}; this version goes on from {TRAINING_FORMAT!r}, "

@@ -6,8 +6,8 @@
 __all__ = ['Settings', 'RUN_FILES', 'SCHEDULE', 'LATER_SETTINGS', 'repository', 'data_name', 'data_folder', 'runs_folder',
            'default_folder', 'shown', 'final_file', 'check_types', 'TrainSettings', 'read_settings_file',
            'settings_dict', 'model_config', 'knows_classes', 'scaled_max_side', 'shorten', 'recipe_of', 'base_recipe',
-           'write_json', 'fingerprint', 'file_description', 'flat', 'read_settings', 'folder_state', 'FolderInUse',
-           'claimed', 'finished_runs']
+           'write_json', 'fingerprint', 'file_description', 'flat', 'differences', 'read_settings', 'folder_state',
+           'FolderInUse', 'claimed', 'finished_runs']
 
 # %% ../nbs/19_runs.ipynb #223e72ef
 import hashlib
@@ -202,6 +202,11 @@ def model_config(
         pad=like.pad if like else 64,
     )
     if like or weights: config = replace(config, normalization=like.normalization if like else weights.normalization)
+    if weights and weights.normalization != config.normalization:
+        raise ValueError(
+            f"weights: {weights.path} was trained with {weights.normalization} and the teacher with "
+            f"{config.normalization}; give weights or a teacher of the same kind"
+        )
     for name in ("width", "neck_channels", "class_names"):
         if teacher and getattr(teacher, name) != getattr(config, name):
             if name == "class_names" and knows_classes(teacher, images): continue
@@ -254,7 +259,10 @@ def base_recipe(settings: TrainSettings) -> Recipe:
     return PUBLISHED_RECIPES[settings.role, float(settings.width)]
 
 # %% ../nbs/19_runs.ipynb #166315c9
-RUN_FILES = ("settings.json", "log.jsonl", "checkpoints", "model_final.pth", "detections.json", "metrics.json")
+RUN_FILES = (
+    "settings.json", "log.jsonl", "checkpoints", "evaluations.jsonl", "model_best.pth", "model_final.pth",
+    "detections.json", "metrics.json",
+)  # fmt: skip
 # Follow from the number of iterations.
 SCHEDULE = ("recipe.iterations", "recipe.drops", "recipe.warmup", "recipe.distillation_warmup")
 
@@ -290,6 +298,19 @@ def flat(value: object, name: str = "") -> dict[str, object]:
     return {k: v for key, inner in value.items() for k, v in flat(inner, f"{name}.{key}" if name else key).items()}
 
 
+def differences(
+    there: dict,  # settings that were recorded
+    now: dict,  # settings that are asked for
+) -> dict[str, str]:  # by name of the setting
+    "What two descriptions do not agree on, as sentences for people."
+    there, now = flat(there), flat(now)
+    return {
+        name: f"{name}: {shorten(there.get(name))} there, {shorten(now.get(name))} now"
+        for name in {**there, **now}
+        if there.get(name) != now.get(name)
+    }
+
+
 def read_settings(folder: Path, parameter: str = "out") -> dict:
     "What a run folder's `settings.json` says. Raises a `ValueError` when it is not valid JSON."
     try:
@@ -314,12 +335,11 @@ def folder_state(
     if "settings.json" not in used:
         raise ValueError(f"out: {folder} holds {used[0]} but no settings.json; give another out")
     there, now = ({**LATER_SETTINGS, **flat(settings)} for settings in (read_settings(folder), description))
-    differing = [name for name in {**there, **now} if there.get(name) != now.get(name)]
-    iterations = there.get("recipe.iterations") or 0
-    if set(differing) <= set(SCHEDULE) and now.get("recipe.iterations", 0) > iterations: differing = []
-    if differing:
-        said = [f"{name}: {shorten(there.get(name))} there, {shorten(now.get(name))} now" for name in differing[:5]]
-        raise ValueError(f"out: {folder} holds another run ({'; '.join(said)}); give another out or its settings")
+    differing = differences(there, now)
+    longer = now.get("recipe.iterations", 0) > (there.get("recipe.iterations") or 0)
+    if differing and not (longer and set(differing) <= set(SCHEDULE)):
+        said = "; ".join(list(differing.values())[:5])
+        raise ValueError(f"out: {folder} holds another run ({said}); give another out or its settings")
     if not (folder / "metrics.json").exists(): return "unfinished"
     finished = read_json(folder / "metrics.json").get("iterations") == now.get("recipe.iterations")
     return "finished" if finished else "unfinished"
@@ -336,11 +356,12 @@ def claimed(
 ) -> Iterator[None]:
     """Within it, the run folder belongs to this process alone, and what a killed one left half written is removed.
 
-    Raises `FolderInUse` when another process keeps it for longer than `patience`.
+    Raises `FolderInUse` when another process keeps it for longer than `patience`, and a `ValueError` when the folder
+    cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         if patience: print(f"another process works in {shown(folder)}; waiting for it", flush=True)
@@ -348,6 +369,8 @@ def claimed(
             lock.acquire(timeout=patience)
         except Timeout:
             raise FolderInUse(f"out: another process works in {folder}; wait for it, or give another out") from None
+    except OSError as error:
+        raise ValueError(f"out: {folder} cannot be written ({error.strerror or error}); give another out") from None
     try:
         for path in folder.rglob(".*.partial"): path.unlink()
         yield

@@ -170,9 +170,10 @@ def prepare(
         settings, config, recipe_of(settings, processes), images, val_images, tuple(summaries), "new", weights, teacher,
         teacher_plan, processes,
     )  # fmt: skip
-    if plan.normalized_together == 1 and config.short_side <= 64 == config.pad and settings.batch_norm == "trained":
+    smallest = TrainTransform(config.short_side, config.max_side).short_sides[0]
+    if plan.normalized_together == 1 and smallest <= 64 == config.pad and settings.batch_norm == "trained":
         raise ValueError(
-            f"short_side is {config.short_side} and BatchNorm would see a single image of 64 by 64 pixels at a time, "
+            f"short_side is {config.short_side} and BatchNorm would see single images of 64 by 64 pixels at times, "
             'which leaves one value a channel: choose a larger short_side or batch_size, or batch_norm "fixed"'
         )
     if settings.batch_norm == "fixed" and settings.role == "teacher" and weights is None:
@@ -196,7 +197,13 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
     if settings.teacher: return final_file(settings.teacher), None
     folder = default_folder(settings.data, "teacher", settings.width)
     file = folder / "model_final.pth"
-    if (folder / "metrics.json").is_file() and file.is_file(): return file, None
+    if all(path.is_file() for path in (file, folder / "metrics.json", folder / "settings.json")):
+        theirs = read_settings(folder, "teacher").get("data")
+        if theirs == data_name(settings.data): return file, None
+        raise ValueError(
+            f"teacher: the one in the default place, {folder}, was trained on {theirs} and not on "
+            f"{data_name(settings.data)}; give the one to learn from"
+        )
     if data_name(settings.data) != "trees":
         chosen = f"-p data '{settings.data}' -p width {settings.width:g}"
         command = f"papermill nbs/train_teacher.ipynb teacher.ipynb {chosen}"
@@ -224,8 +231,7 @@ def initial_model(plan: Plan) -> tuple[torch.nn.Module, str]:
     torch.manual_seed(plan.settings.seed)
     if plan.settings.role == "student":
         teacher = load_model(plan.teacher, "teacher", role="teacher")
-        student, said = build_model(plan.config), "The student starts from its teacher"
-        student.load_state_dict(student_of(teacher).state_dict())
+        student, said = student_of(teacher, plan.config), "The student starts from its teacher"
         if plan.weights: said = load_weights(student, plan.weights, otherwise="kept from the teacher")
         if plan.recipe.distillation_alpha == 0: return student, f"{said}, and learns without it"
         return Distillation(student, teacher, plan.recipe.distillation_alpha), said
@@ -336,7 +342,7 @@ def main() -> None:
             if launched(): raise
             sys.exit(str(error))
         if local_rank() == 0 and LAUNCHER not in os.environ: print(plan, flush=True)  # else the notebook has said it
-        with joined(resolve_device(settings.devices)): run(plan)
+        with joined(resolve_device(settings.devices)) if launched() else nullcontext(): run(plan)
 
 # %% ../nbs/22_train.ipynb #4fdf38d2
 if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook, too, is "__main__", but no file

@@ -3,7 +3,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from msad.checkpoint import save_model
+from msad.detectors import ModelConfig, build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +37,17 @@ def write_coco(root, split="train2017", images=4, size=(96, 64), ids=(7, 90), na
         Image.fromarray(pixels).save(root / split / image["file_name"], quality=90)
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return content
+
+
+def write_teacher(path, **changes):
+    "The file of an untrained teacher for data of `write_coco`, which finds both kinds of objects everywhere."
+    torch.manual_seed(0)
+    config = dict(neck_channels=64, head_convs=4, short_side=128, max_side=213)
+    model = build_model(ModelConfig("teacher", 0.25, ("pine", "oak"), (7, 90), **{**config, **changes}))
+    torch.nn.init.constant_(model.head.cls_logits.bias, -2.5)
+    torch.nn.init.normal_(model.head.bbox_pred.weight, std=0.3)
+    save_model(path, model)
+    return path
 
 
 @pytest.fixture
