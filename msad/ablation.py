@@ -527,9 +527,9 @@ def samples_of(results: Sequence[dict], variant: str, seeds: Sequence[int]) -> n
     return np.array([samples[seed] for seed in seeds], dtype=float)
 
 
-def drawn_together(values: np.ndarray, seed: int = 0) -> np.ndarray:
+def drawn_together(values: np.ndarray) -> np.ndarray:
     "Means over seeds drawn with replacement, each with its own resampled photographs: seeds × samples to samples."
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     seeds, count = values.shape
     return values[rng.integers(seeds, size=(seeds, count)), np.arange(count)].mean(axis=0)
 

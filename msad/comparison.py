@@ -47,6 +47,7 @@ from msad.plots import (
     gmac,
     match_boxes,
     read_run,
+    right_false_missed,
     run_labels,
 )
 from .runs import read_settings, repository, scaled_max_side
@@ -373,12 +374,7 @@ def judge(
     truth: dict[str, Tensor],  # `boxes` (G×4), `labels`, `iscrowd`
 ) -> Verdicts:
     "Which detections are right and which mistakes were made; a detection of a crowd is neither."
-    match = torch.from_numpy(match_boxes(found, truth))
-    missed = ~truth["iscrowd"]
-    missed[match[match >= 0]] = False
-    false = match < 0
-    right = ~false
-    right[right.clone()] = ~truth["iscrowd"][match[match >= 0]]
+    right, false, missed = right_false_missed(found, truth)
     left_over = {name: found[name][false] for name in ("boxes", "scores", "labels")}
     objects = {name: truth[name][missed] for name in ("boxes", "labels", "iscrowd")}
     near = torch.from_numpy(match_boxes(left_over, objects, threshold=0.1))
@@ -391,16 +387,13 @@ def judge(
 def verdict_counts(
     images: CocoImages,
     results: list[dict],  # detections in COCO's format
-    score_threshold: float = SCORE_THRESHOLD,  # detections below are left out
 ) -> np.ndarray:  # N×4: right, badly placed, false and missed in each photograph
     "How many of each there are. Raises a ValueError for a category that the images do not have."
-    judged = _judged(images, results, score_threshold)
+    judged = _judged(images, results)
     return np.array([[int(chosen.sum()) for chosen in verdicts] for _, verdicts in judged])
 
 
-def _judged(
-    images: CocoImages, results: list[dict], score_threshold: float
-) -> list[tuple[dict[str, Tensor], Verdicts]]:
+def _judged(images: CocoImages, results: list[dict]) -> list[tuple[dict[str, Tensor], Verdicts]]:
     by_image = {image_id: [] for image_id in images.image_ids}
     for result in results:
         if result["image_id"] in by_image: by_image[result["image_id"]].append(result)
@@ -409,7 +402,7 @@ def _judged(
         part = slice(images.first[number], images.first[number + 1])
         boxes, usable = usable_boxes(images.boxes[part], images.sizes[number])
         truth = {"boxes": boxes, "labels": images.labels[part], "iscrowd": images.iscrowd[part]}
-        found = found_boxes(images, mine, image_id, score_threshold)
+        found = found_boxes(images, mine, image_id, SCORE_THRESHOLD)
         judged.append((found, judge(found, {name: torch.from_numpy(value[usable]) for name, value in truth.items()})))
     return judged
 
@@ -427,12 +420,11 @@ def worst_images(
     images: CocoImages,
     results: list[dict],  # detections in COCO's format
     count: int,  # how many, if there are as many
-    score_threshold: float = SCORE_THRESHOLD,  # detections below are left out
 ) -> list[int]:  # image ids, the worst first
     "The photographs with most mistakes: false and badly placed detections weigh their score, missed objects 1."
     weights = [
         float(found["scores"][verdicts.false | verdicts.badly_placed].sum() + verdicts.missed.sum())
-        for found, verdicts in _judged(images, results, score_threshold)
+        for found, verdicts in _judged(images, results)
     ]
     return [images.image_ids[i] for i in np.argsort(weights, stable=True)[::-1][:count].tolist()]
 
@@ -450,7 +442,6 @@ def plot_mistakes(
     images: CocoImages,
     detections: dict[str, list[dict]],  # name to detections in COCO's format, a column each
     image_ids: Sequence[int],  # a row each, as of `worst_images`
-    score_threshold: float = SCORE_THRESHOLD,  # detections below are left out
 ) -> Figure:
     """Photographs with what each detector got right and wrong in them.
 
@@ -464,7 +455,7 @@ def plot_mistakes(
         image, truth = images[images.image_ids.index(image_id)]
         row[0].set_ylabel(f"image {image_id}")
         for (name, results), ax in zip(detections.items(), row, strict=True):
-            found = found_boxes(images, results, image_id, score_threshold)
+            found = found_boxes(images, results, image_id, SCORE_THRESHOLD)
             verdicts = judge(found, truth)
             ax.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
             ax.set(xticks=[], yticks=[])
@@ -478,7 +469,7 @@ def plot_mistakes(
         Line2D([], [], color=color, ls=line, lw=2, path_effects=[withStroke(linewidth=3.5, foreground=rim)], label=kind)
         for kind, (color, line, rim) in VERDICTS.items()
     ]
-    title = f"score at least {score_threshold:g}, IoU at least 0.5 (badly placed: 0.1)"
+    title = f"score at least {SCORE_THRESHOLD:g}, IoU at least 0.5 (badly placed: 0.1)"
     place = dict(loc="outside lower center", ncols=4, frameon=False, fontsize=9, handlelength=3)
     fig.legend(handles=handles, title=title, **place)
     return fig
@@ -496,7 +487,6 @@ def at_resolutions(
     model: Teacher | Student,
     images: CocoImages,
     factors: Sequence[float] = (0.5, 0.75, 1, 1.25, 1.5),  # of the model's own test size
-    score_threshold: float = SCORE_THRESHOLD,  # detections below are left out
 ) -> Resolutions:
     "Run a detector at several test sizes, with a progress bar for each."
     own = model.config.short_side
@@ -505,14 +495,13 @@ def at_resolutions(
     for short_side in short_sides:
         max_side = scaled_max_side(short_side, model.config)
         results, _ = detect_dataset(model, images, short_side, max_side, leave_bar=False)
-        counts.append(verdict_counts(images, results, score_threshold))
+        counts.append(verdict_counts(images, results))
     return Resolutions(short_sides, own, np.stack(counts))
 
 # %% ../nbs/23_comparison.ipynb #f221e4c9
 def plot_resolutions(
     resolutions: dict[str, Resolutions],  # name to what `at_resolutions` says
     looks: dict[str, Look],  # name to how it is drawn
-    score_threshold: float = SCORE_THRESHOLD,  # that was used
 ) -> Figure:
     "Precision and recall against the test size, with 95 % bootstrap intervals over photographs; filled: its own size."
     fig, axs = plt.subplots(1, 2, figsize=(7, 3.3), dpi=80, layout="constrained")
@@ -538,7 +527,7 @@ def plot_resolutions(
         ax.set(xlabel="short side of the photograph [pixels]", ylabel=what, ylim=(-0.03, 1.03))
         ax.set_xticks(sorted({side for entry in resolutions.values() for side in entry.short_sides}))
         ax.grid(alpha=0.25)
-    title = f"score at least {score_threshold:g}, IoU at least 0.5; filled: the size it was made for"
+    title = f"score at least {SCORE_THRESHOLD:g}, IoU at least 0.5; filled: the size it was made for"
     handles, labels = axs[0].get_legend_handles_labels()
     fig.legend(handles, labels, title=title, loc="outside lower center", ncols=3, frameon=False)
     return fig

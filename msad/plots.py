@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROLE_COLORS', 'KINDS', 'BRANCHES', 'LONG_LOG', 'SCORE_THRESHOLD', 'FIGURES', 'running_mean', 'plot_losses',
-           'distances', 'plot_distance', 'draw_boxes', 'match_boxes', 'pick_images', 'plot_detections', 'box_names',
-           'found_boxes', 'RunSummary', 'read_run', 'run_labels', 'runs_table', 'gmac', 'evenly', 'fusion_scores',
-           'plot_fusion_scores', 'object_shares', 'plot_object_shares', 'save_figure']
+           'distances', 'plot_distance', 'draw_boxes', 'match_boxes', 'right_false_missed', 'pick_images',
+           'plot_detections', 'box_names', 'found_boxes', 'RunSummary', 'read_run', 'run_labels', 'runs_table', 'gmac',
+           'evenly', 'fusion_scores', 'plot_fusion_scores', 'object_shares', 'plot_object_shares', 'save_figure']
 
 # %% ../nbs/18_plots.ipynb #6f7eb7f2
 import io
@@ -226,6 +226,19 @@ def match_boxes(
                 break
     return match
 
+
+def right_false_missed(
+    found: dict[str, Tensor],  # `boxes` (D×4, x₁, y₁, x₂, y₂), `scores`, `labels`
+    truth: dict[str, Tensor],  # `boxes` (G×4), `labels`, `iscrowd`
+) -> tuple[Tensor, Tensor, Tensor]:  # D, D and G bools
+    "Which detections find an object, which find nothing, and which objects were missed; crowds are in none of them."
+    match = torch.from_numpy(match_boxes(found, truth))
+    missed = ~truth["iscrowd"]
+    missed[match[match >= 0]] = False
+    right = match >= 0
+    right[match >= 0] = ~truth["iscrowd"][match[match >= 0]]
+    return right, match < 0, missed
+
 # %% ../nbs/18_plots.ipynb #ded9d0ca
 def pick_images(
     images: CocoImages,
@@ -267,12 +280,7 @@ def plot_detections(
         row[0].set_ylabel(f"image {image_id}")
         for (name, results), ax in zip(detections.items(), row[1:], strict=True):
             found = found_boxes(images, results, image_id, score_threshold)
-            match = match_boxes(found, truth)
-            missed = single.clone()
-            missed[match[match >= 0]] = False
-            false = torch.from_numpy(match < 0)
-            right = ~false
-            right[right.clone()] = single[match[match >= 0]]
+            right, false, missed = right_false_missed(found, truth)
             color = next((color for role, color in ROLE_COLORS.items() if role in name), "#CC79A7")
             draw_boxes(ax, image, truth["boxes"][missed], line=":")
             for chosen, line in ((false, "--"), (right, "-")):

@@ -222,7 +222,7 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
 # %% ../nbs/22_train.ipynb #dbc1e1bc
 def duration(seconds: float) -> str:
     "A time for people."
-    if seconds < 90: return f"{seconds:.0f} seconds"
+    if seconds < 90: return "1 second" if round(seconds) == 1 else f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
