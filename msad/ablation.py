@@ -207,13 +207,13 @@ VARIANTS = {
         Variant("scratch", "2 low, from scratch", Student),
         Variant("continued", "3 low, from the teacher's weights", Student, "teacher"),
         Variant("unfused", "4 student of the high view", Student, "high", Distillation),
-        Variant("unshifted-teacher", "teacher, not shifted", UnshiftedTeacher),
-        Variant("unshifted", "5 student, not shifted", UnshiftedStudent, "unshifted-teacher", Distillation),
+        Variant("unshifted-teacher", "teacher without shift", UnshiftedTeacher),
+        Variant("unshifted", "5 student without shift", UnshiftedStudent, "unshifted-teacher", Distillation),
         Variant("student", "6 student, the full method", Student, "teacher", Distillation),
         Variant("relative", "7 as 6, relative distances", Student, "teacher", RelativeDistillation),
         Variant("drifting", "8 as 6, teacher's BatchNorm drifts", Student, "teacher", DriftingDistillation),
-        Variant("even-teacher", "teacher, even mixture", EvenTeacher),
-        Variant("even", "9 student of the even mixture", Student, "even-teacher", Distillation),
+        Variant("even-teacher", "evenly mixing teacher", EvenTeacher),
+        Variant("even", "9 student of even mixtures", Student, "even-teacher", Distillation),
     )
 }
 # Decide the main question, so they get more seeds.
