@@ -7,7 +7,6 @@ __all__ = ['Evaluation', 'evaluate_model', 'write_evaluation', 'EvaluateSettings
 
 # %% ../nbs/21_evaluation.ipynb #9217423a
 import argparse
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from .coco_eval import class_figures, figures, run_coco_eval
 from .data import CocoImages, check_data
 from .detectors import Student, Teacher
 from .inference import detect_dataset
-from .launch import launch, worker
+from .launch import launch, said_plainly, worker
 from .plots import pick_images, plot_detections, save_figure
 from .processes import gathered, joined, launched, processes_of, rank, resolve_device
 from msad.runs import (
@@ -177,12 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="msad.evaluation", description="Evaluate a detector.")
     parser.add_argument("settings", help="JSON file with parameters of the notebook `evaluate`")
     path = parser.parse_args().settings
-    with worker():
-        try:
-            evaluate_run(read_settings_file(path, EvaluateSettings))
-        except (ValueError, FileNotFoundError) as error:
-            if launched(): raise
-            sys.exit(str(error))
+    with worker(), said_plainly(): evaluate_run(read_settings_file(path, EvaluateSettings))
 
 # %% ../nbs/21_evaluation.ipynb #cf0ce8d1
 if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook, too, is "__main__", but no file

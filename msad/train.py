@@ -9,7 +9,6 @@ __all__ = ['Plan', 'prepare', 'plan_state', 'find_teacher', 'duration', 'initial
 import argparse
 import math
 import os
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from .checkpoint import Checkpoint, load_model, load_weights, read_checkpoint, s
 from .data import CocoImages, TrainTransform, check_data
 from .detectors import Distillation, ModelConfig, build_model, student_of
 from .evaluation import evaluate_model, write_evaluation
-from .launch import LAUNCHER, launch, worker
+from .launch import LAUNCHER, launch, said_plainly, worker
 from .log import read_log
 from .loop import fit, seconds_per_step
 from .plots import plot_losses, save_figure
@@ -335,12 +334,9 @@ def main() -> None:
     parser.add_argument("settings", help="JSON file with parameters of the notebooks, or a run folder's train.json")
     path = parser.parse_args().settings
     with worker():
-        try:
+        with said_plainly():
             settings = read_settings_file(path, TrainSettings)
             plan = prepare(settings)
-        except (ValueError, FileNotFoundError) as error:
-            if launched(): raise
-            sys.exit(str(error))
         if local_rank() == 0 and LAUNCHER not in os.environ: print(plan, flush=True)  # else the notebook has said it
         with joined(resolve_device(settings.devices)) if launched() else nullcontext(): run(plan)
 

@@ -180,6 +180,13 @@ def test_interrupted_writing_leaves_no_trace(tmp_path, old, interruption):
     assert [p.read_bytes() for p in tmp_path.iterdir()] == ([old] if old else [])
 
 
+def test_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    said = r"cannot write \S+file/model.pth \(.*\); see to it that the folder can be written"
+    with pytest.raises(OSError, match=said): write_atomically(tmp_path / "file" / "model.pth", lambda file: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_writing_replaces_the_old_file(tmp_path):
     path = tmp_path / "new" / "folder" / "file"
     for content in (b"old", b"new"): write_atomically(path, lambda file, content=content: file.write(content))

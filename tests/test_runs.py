@@ -9,6 +9,8 @@ import torch
 from conftest import write_coco, write_teacher
 from PIL import Image
 
+import msad.evaluation
+import msad.train
 from msad.checkpoint import load_model, read_checkpoint, save_model
 from msad.data import read_image_and_size
 from msad.detectors import CAFFE, ModelConfig, build_model
@@ -16,7 +18,7 @@ from msad.evaluation import EvaluateSettings, evaluate_run
 from msad.log import read_log
 from msad.resume import checkpoints
 from msad.runs import TrainSettings, default_folder, finished_runs
-from msad.train import prepare, run
+from msad.train import initial_model, prepare, run
 
 SIZES = dict(neck_channels=64, iterations=3, batch_size=2, short_side=128, max_side=213)
 SMALL = dict(**SIZES, workers=0, devices="cpu", checkpoint_every=2)
@@ -27,9 +29,10 @@ def teacher_settings(coco, out, **changes):
 
 
 def student_settings(root, out, **changes):
+    "Settings of a student that finds something from the start."
     weights = write_teacher(root / "weights.pth")
     places = dict(data=str(root / "data"), teacher=str(root / "teacher-w0.25"), out=str(out), weights=str(weights))
-    return TrainSettings("student", **places, **{**SMALL, **changes})
+    return TrainSettings("student", **{**places, **SMALL, **changes})
 
 
 def same_weights(ours, theirs):
@@ -66,6 +69,8 @@ def test_run_folder_holds_everything(finished):
 def test_student_without_distillation(finished, tmp_path, capsys):
     run(prepare(student_settings(finished, tmp_path / "low", alpha=0)))
     assert ", and learns without it" in capsys.readouterr().out
+    _, said = initial_model(prepare(student_settings(finished, tmp_path / "plain", alpha=0, weights=None)))
+    assert said == "The student starts from its teacher, and learns without it"
     taught, alone = read_log(finished / "student-w0.25"), read_log(tmp_path / "low")
     assert "loss_kd" not in alone[0] and alone[0]["loss_fcos_cls_st"] == pytest.approx(taught[0]["loss_fcos_cls_st"])
     assert load_model(tmp_path / "low").config == load_model(finished / "student-w0.25").config
@@ -241,6 +246,7 @@ def test_evaluation_on_the_way_keeps_the_best(coco, tmp_path):
     rows = read_log(folder, "evaluations.jsonl")
     assert [row["iteration"] for row in rows] == [2, 4] and "seconds_per_image" in rows[0]
     assert same_weights(folder, tmp_path / "plain")  # evaluating changes nothing
+    assert same_weights(folder, folder / "model_best.pth") == (rows[1]["AP"] > rows[0]["AP"])
     assert list((folder / "tensorboard").iterdir())
 
     # The record decides: what comes after better ones does not take their place, and what comes after worse ones does.
@@ -307,6 +313,14 @@ def test_wrong_setting(coco, tmp_path, change, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         run(prepare(TrainSettings("teacher", out=str(tmp_path / "run"), **changed)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("program", [msad.train, msad.evaluation])
+def test_programs_refuse_with_a_sentence(program, tmp_path, monkeypatch):
+    (tmp_path / "settings.json").write_text('{"widht": 0.5}')
+    for file, said in (("nowhere", "nowhere.json does not exist"), ("settings", "'widht' is no parameter")):
+        monkeypatch.setattr("sys.argv", ["program", str(tmp_path / f"{file}.json")])
+        with pytest.raises(SystemExit, match=said): program.main()
 
 
 def test_splits_with_other_categories(coco, tmp_path):
