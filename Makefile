@@ -34,9 +34,11 @@ $(RUNS)/analysis/summary.txt: | install
 	@echo "4 of 4: analysis"
 	@$(PAPERMILL) nbs/analysis.ipynb $(RUNS)/analysis.ipynb
 
-ablation: install  ## repeat the ablation on the bundled photographs from nothing; goes on where it was stopped (hours)
-	@mkdir -p $(RUNS)
+ablation: install  ## repeat the ablation, on the bundled photographs and on generated ones, from nothing; goes on where it was stopped (hours)
+	@mkdir -p $(RUNS) runs/shapes
 	@$(PAPERMILL) -p results $(RUNS)/ablation/results.json nbs/ablation.ipynb $(RUNS)/ablation.ipynb
+	@$(PAPERMILL) -p data shapes -y "variants: [high, scratch, continued, student]" \
+		-p results runs/shapes/ablation/results.json nbs/ablation.ipynb runs/shapes/ablation.ipynb
 
 test: install lint  ## everything: package and notebooks agree, notebooks are clean and run, tests pass
 	$(BIN)/python tests/check_notebooks.py

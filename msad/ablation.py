@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'MAIN', 'MADE', 'SAMPLES', 'HELD_OUT', 'BETWEEN', 'QUESTIONS', 'HighDetector', 'enlarged',
-           'UnshiftedTeacher', 'UnshiftedStudent', 'EvenTeacher', 'compose', 'RelativeDistillation',
+           'UnshiftedTeacher', 'UnshiftedStudent', 'EvenTeacher', 'compose', 'standardized', 'CorrelatedDistillation',
            'DriftingDistillation', 'Variant', 'AblationSettings', 'initial_detector', 'train_variant', 'run_folder',
            'write_held_out', 'made_data', 'read_results', 'add_result', 'missing_runs', 'plan_text', 'run_ablation',
            'Difference', 'by_seed', 'common_seeds', 'samples_of', 'drawn_together', 'interval', 'difference',
@@ -41,7 +41,6 @@ from msad.detectors import (
     WholeBatch,
     build_model,
     detect_in_batches,
-    distillation_loss,
     goal_of,
     student_of,
 )
@@ -165,18 +164,27 @@ def compose(
     return model
 
 # %% ../nbs/25_ablation.ipynb #5c850320
-class RelativeDistillation(Distillation):
-    "Distillation in which a level's distance is relative to the mean size of the teacher's features on it."
+def standardized(
+    level: Tensor,  # N×C×H×W
+) -> Tensor:  # likewise, in float32
+    "Each channel with mean 0 and variance 1 over images and places; 0 where it is constant."
+    level = at_least_float32(level)
+    variance, mean = torch.var_mean(level, dim=(0, 2, 3), correction=0, keepdim=True)
+    return (level - mean) / (variance + 1e-6).sqrt()
+
+
+class CorrelatedDistillation(Distillation):
+    "Distillation of what the features say, however loud they are; every place counts once (Cao et al., NeurIPS 2022)."
 
     def distance(
         self,
         pyramid: Sequence[Tensor],  # the student's, N×C×H×W for each level
         fused: Sequence[Tensor],  # the teacher's
     ) -> Tensor:  # scalar
-        "α·T times the sum of the relative distances."
-        sizes = [at_least_float32(level).abs().mean().clamp(min=1e-6) for level in fused]
-        scaled = ([level / size for level, size in zip(levels, sizes, strict=True)] for levels in (pyramid, fused))
-        return distillation_loss(*scaled, self.alpha)
+        "α times the mean over all places of 1 − correlation."
+        places = [level.shape[2] * level.shape[3] for level in fused]
+        apart = [(standardized(s) - standardized(f)).square().mean() / 2 for s, f in zip(pyramid, fused, strict=True)]
+        return self.alpha * sum(d * count for d, count in zip(apart, places, strict=True)) / sum(places)
 
 
 class DriftingDistillation(Distillation):
@@ -210,7 +218,7 @@ VARIANTS = {
         Variant("unshifted-teacher", "teacher without shift", UnshiftedTeacher),
         Variant("unshifted", "5 student without shift", UnshiftedStudent, "unshifted-teacher", Distillation),
         Variant("student", "6 student, the full method", Student, "teacher", Distillation),
-        Variant("relative", "7 as 6, relative distances", Student, "teacher", RelativeDistillation),
+        Variant("correlated", "7 as 6, by correlation", Student, "teacher", CorrelatedDistillation),
         Variant("drifting", "8 as 6, teacher's BatchNorm drifts", Student, "teacher", DriftingDistillation),
         Variant("even-teacher", "evenly mixing teacher", EvenTeacher),
         Variant("even", "9 student of even mixtures", Student, "even-teacher", Distillation),
@@ -239,10 +247,11 @@ class AblationSettings:
     batch_size: int = 8
     lr: float = 2e-3  # of what starts from nothing; the others have half
     alpha: float = 0.02  # size of the distillation
-    relative_alpha: float = 0.1  # the same where distances are relative
+    correlated_alpha: float = 0.5  # the same where it goes by correlation
     precision: str = "fp32"
     seeds: int = 5  # of the teacher and the variants 2, 3 and 6
     other_seeds: int = 3  # of the others
+    variants: Sequence[str] | None = None  # names of those to train, besides what they start from; none: all
     out: str | None = None  # folder of the runs; none: runs/DATA/ablation under the repository
     results: str | None = None  # file that collects what came of them; none: results/DATA.json in the repository
     devices: str = "auto"
@@ -251,6 +260,10 @@ class AblationSettings:
         check_types(self)
         if self.other_seeds > self.seeds:
             raise ValueError(f"other_seeds is {self.other_seeds} and seeds {self.seeds}: choose at most as many")
+        if isinstance(self.variants, str):
+            raise ValueError(f"variants is {self.variants!r}: write a list, such as [{self.variants!r}]")
+        if unknown := set(self.variants or ()) - set(VARIANTS):
+            raise ValueError(f"variants has {', '.join(map(str, unknown))}: choose from {', '.join(VARIANTS)}")
         self.recipe("scratch"), self.config(("object",), (1,))
 
     @property
@@ -267,14 +280,14 @@ class AblationSettings:
     @property
     def shared(self) -> dict:
         "What all runs have in common, and their figures depend on."
-        own = ("seeds", "other_seeds", "alpha", "relative_alpha", "out", "results", "devices")
+        own = ("seeds", "other_seeds", "variants", "alpha", "correlated_alpha", "out", "results", "devices")
         name = self.data if self.data in MADE else data_name(self.data)
         return {**{k: v for k, v in asdict(self).items() if k not in own}, "data": name}
 
     def alpha_of(self, name: str) -> float:
         "The size of a variant's distillation; 0 without."
         taught = VARIANTS[name].taught
-        return 0.0 if taught is None else self.relative_alpha if taught is RelativeDistillation else self.alpha
+        return 0.0 if taught is None else self.correlated_alpha if taught is CorrelatedDistillation else self.alpha
 
     def recipe(self, name: str) -> Recipe:
         "How a variant is trained."
@@ -295,8 +308,10 @@ class AblationSettings:
 
     def runs(self) -> list[tuple[str, int]]:
         "All runs, as names of variants with seeds; what decides the main question first, and parents before children."
-        others = [name for name in VARIANTS if name not in MAIN]
-        main = [(name, seed) for seed in range(self.seeds) for name in MAIN]
+        wanted = set(self.variants or VARIANTS)
+        wanted |= {VARIANTS[name].parent for name in wanted}
+        others = [name for name in VARIANTS if name in wanted and name not in MAIN]
+        main = [(name, seed) for seed in range(self.seeds) for name in MAIN if name in wanted]
         return main + [(name, seed) for seed in range(self.other_seeds) for name in others]
 
 # %% ../nbs/25_ablation.ipynb #57ed0949
@@ -571,6 +586,8 @@ def recovered(
     lead = drawn_together(samples["teacher"] - samples["continued"])
     with np.errstate(divide="ignore", invalid="ignore"): shares = gain / lead
     return float((student - low).mean() / (teacher - low).mean()), interval(shares[np.isfinite(shares)])
+
+
 def recovered_text(
     results: Sequence[dict],  # rows of `read_results`
 ) -> str:
@@ -596,7 +613,8 @@ def ablation_table(
         cells = []
         for title in titles:
             values = np.array([row[title] for row in rows], dtype=float)
-            cells.append(f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""))
+            spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+            cells.append("–" if np.isnan(values).any() else f"{values.mean():.1f}{spread}")
         minutes = np.mean([row["minutes"] for row in rows])
         lines.append(f"| {variant.title} | {len(rows)} | " + " | ".join(cells) + f" | {minutes:.1f} |")
     return "\n".join(lines) + "\n"
@@ -607,8 +625,8 @@ QUESTIONS = (
     ("Are two views better than one?", "teacher", "high"),
     ("Does distilling help?", "student", "continued"),
     ("More than longer training from scratch?", "student", "scratch"),
-    ("Are relative distances better?", "relative", "student"),
-    ("... and better than none?", "relative", "continued"),
+    ("Is correlation a better distance?", "correlated", "student"),
+    ("... and better than none?", "correlated", "continued"),
     ("Is a drifting teacher better?", "drifting", "student"),
     ("Does the fusion help?", "student", "unfused"),
     ("Does it help that the fusion chooses?", "student", "even"),

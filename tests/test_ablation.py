@@ -28,9 +28,8 @@ def place(tmp_path_factory):
 def start(place, name, **more):
     "Papermill at work on the ablation, its results and runs under `name`."
     files = {"data": place / "data", "out": place / name, "results": place / f"{name}.json"}
-    parameters = {**TINY, **files, **more}
-    words = [str(word) for key, value in parameters.items() for word in ("-p", key, value)]
-    command = [str(Path(sys.executable).with_name("papermill")), "nbs/ablation.ipynb", *words]
+    parameters = json.dumps({**TINY, **files, **more}, default=str)
+    command = [str(Path(sys.executable).with_name("papermill")), "nbs/ablation.ipynb", "-y", parameters]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -78,6 +77,12 @@ def test_same_seed_same_figures_and_other_settings_are_refused(place):
     first, again = rows(place, "shared"), rows(place, "alone")
     for key, row in again.items():
         assert row["samples"] == first[key]["samples"] and row["AP"] == first[key]["AP"]
+
+    some = start(place, "some", seeds=1, variants=["correlated"])
+    _, errors = some.communicate(timeout=300)
+    assert some.returncode == 0, errors[-2000:]
+    assert list(rows(place, "some")) == [("teacher", 0), ("correlated", 0)]
+    assert rows(place, "some")["correlated", 0]["samples"] == first["correlated", 0]["samples"]
 
     refused = start(place, "alone", lr=1e-3)
     _, errors = refused.communicate(timeout=300)
