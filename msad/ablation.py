@@ -218,8 +218,8 @@ VARIANTS = {
         Variant("unshifted-teacher", "teacher without shift", UnshiftedTeacher),
         Variant("unshifted", "5 student without shift", UnshiftedStudent, "unshifted-teacher", Distillation),
         Variant("student", "6 student, the full method", Student, "teacher", Distillation),
-        Variant("correlated", "7 as 6, by correlation", Student, "teacher", CorrelatedDistillation),
-        Variant("drifting", "8 as 6, teacher's BatchNorm drifts", Student, "teacher", DriftingDistillation),
+        Variant("correlated", "7 by correlation, otherwise as 6", Student, "teacher", CorrelatedDistillation),
+        Variant("drifting", "8 drifting teacher, otherwise as 6", Student, "teacher", DriftingDistillation),
         Variant("even-teacher", "evenly mixing teacher", EvenTeacher),
         Variant("even", "9 student of even mixtures", Student, "even-teacher", Distillation),
     )
@@ -623,6 +623,7 @@ def ablation_table(
 QUESTIONS = (
     ("Does the teacher lead?", "teacher", "continued"),
     ("Are two views better than one?", "teacher", "high"),
+    ("Are the teacher's weights worth more updates?", "continued", "scratch"),
     ("Does distilling help?", "student", "continued"),
     ("More than longer training from scratch?", "student", "scratch"),
     ("Is correlation a better distance?", "correlated", "student"),
