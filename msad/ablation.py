@@ -166,7 +166,7 @@ def compose(
 # %% ../nbs/25_ablation.ipynb #5c850320
 def standardized(
     level: Tensor,  # N×C×H×W
-) -> Tensor:  # likewise, in float32
+) -> Tensor:  # likewise, float32 or what was finer
     "Each channel with mean 0 and variance 1 over images and places; 0 where it is constant."
     level = at_least_float32(level)
     variance, mean = torch.var_mean(level, dim=(0, 2, 3), correction=0, keepdim=True)
