@@ -32,8 +32,14 @@ def start(place, name, **more):
     command = [str(Path(sys.executable).with_name("papermill")), "nbs/ablation.ipynb", "-y", parameters]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=heeding_ctrl_c,
+    )  # fmt: skip
+
+
+def heeding_ctrl_c():
+    "What a shell starts in the background ignores SIGINT, and so would all that these tests start."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def rows(place, name):
