@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'MAIN', 'MADE', 'SAMPLES', 'HELD_OUT', 'BETWEEN', 'QUESTIONS', 'HighDetector', 'enlarged',
-           'UnshiftedTeacher', 'UnshiftedStudent', 'EvenTeacher', 'compose', 'standardized', 'CorrelatedDistillation',
-           'DriftingDistillation', 'Variant', 'AblationSettings', 'initial_detector', 'train_variant', 'run_folder',
-           'write_held_out', 'made_data', 'read_results', 'add_result', 'missing_runs', 'plan_text', 'run_ablation',
-           'Difference', 'by_seed', 'common_seeds', 'samples_of', 'drawn_together', 'interval', 'difference',
-           'recovered', 'recovered_text', 'ablation_table', 'answerable', 'questions_table', 'plot_ablation']
+           'UnshiftedTeacher', 'UnshiftedStudent', 'EvenTeacher', 'compose', 'place_counts', 'PlacewiseDistillation',
+           'standardized', 'CorrelatedDistillation', 'DriftingDistillation', 'Variant', 'AblationSettings',
+           'initial_detector', 'train_variant', 'run_folder', 'write_held_out', 'made_data', 'read_results',
+           'add_result', 'missing_runs', 'plan_text', 'run_ablation', 'Difference', 'by_seed', 'common_seeds',
+           'samples_of', 'drawn_together', 'interval', 'difference', 'recovered', 'recovered_text', 'ablation_table',
+           'answerable', 'questions_table', 'plot_ablation']
 
 # %% ../nbs/25_ablation.ipynb #cc3fdee5
 import json
@@ -41,6 +42,7 @@ from msad.detectors import (
     WholeBatch,
     build_model,
     detect_in_batches,
+    distillation_loss,
     goal_of,
     student_of,
 )
@@ -164,6 +166,27 @@ def compose(
     return model
 
 # %% ../nbs/25_ablation.ipynb #5c850320
+def place_counts(
+    pyramid: Sequence[Tensor],  # N×C×H×W for each level
+) -> list[int]:
+    "How many places each level has."
+    return [level.shape[2] * level.shape[3] for level in pyramid]
+
+
+class PlacewiseDistillation(Distillation):
+    "Distillation as published, but every place counts as one of the finest level does, whatever its level."
+
+    def distance(
+        self,
+        pyramid: Sequence[Tensor],  # the student's, N×C×H×W for each level
+        fused: Sequence[Tensor],  # the teacher's
+    ) -> Tensor:  # scalar
+        "The published distance of each level times its share of places; the finest level's is 1."
+        places = place_counts(fused)
+        apart = [distillation_loss([s], [f], self.alpha) for s, f in zip(pyramid, fused, strict=True)]
+        return sum(d * count for d, count in zip(apart, places, strict=True)) / places[0]
+
+
 def standardized(
     level: Tensor,  # N×C×H×W
 ) -> Tensor:  # likewise, float32 or what was finer
@@ -182,7 +205,7 @@ class CorrelatedDistillation(Distillation):
         fused: Sequence[Tensor],  # the teacher's
     ) -> Tensor:  # scalar
         "α times the mean over all places of 1 − correlation."
-        places = [level.shape[2] * level.shape[3] for level in fused]
+        places = place_counts(fused)
         apart = [(standardized(s) - standardized(f)).square().mean() / 2 for s, f in zip(pyramid, fused, strict=True)]
         return self.alpha * sum(d * count for d, count in zip(apart, places, strict=True)) / sum(places)
 
@@ -222,6 +245,7 @@ VARIANTS = {
         Variant("drifting", "8 drifting teacher, otherwise as 6", Student, "teacher", DriftingDistillation),
         Variant("even-teacher", "evenly mixing teacher", EvenTeacher),
         Variant("even", "9 student of even mixtures", Student, "even-teacher", Distillation),
+        Variant("placewise", "10 each place alike, otherwise as 6", Student, "teacher", PlacewiseDistillation),
     )
 }
 # Decide the main question, so they get more seeds.
@@ -628,6 +652,9 @@ QUESTIONS = (
     ("More than longer training from scratch?", "student", "scratch"),
     ("Is correlation a better distance?", "correlated", "student"),
     ("... and better than none?", "correlated", "continued"),
+    ("Is it better that each place counts alike?", "placewise", "student"),
+    ("... and than no distilling?", "placewise", "continued"),
+    ("... and than training from scratch?", "placewise", "scratch"),
     ("Is a drifting teacher better?", "drifting", "student"),
     ("Does the fusion help?", "student", "unfused"),
     ("Does it help that the fusion chooses?", "student", "even"),

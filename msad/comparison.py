@@ -269,7 +269,7 @@ def _draw_points(ax: Axes, points: Sequence[Point], column: int) -> None:
     ax.grid(alpha=0.25)
     if column == 0:
         ticks = (0.01, 0.03, 0.1, 0.3, 1)
-        ax.set(xscale="log", xlim=(0.008, 2.5))
+        ax.set(xscale="log", xlim=(0.005, 2.5))
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.set_xticks([], minor=True)
     else:
