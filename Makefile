@@ -37,7 +37,7 @@ $(RUNS)/analysis/summary.txt: | install
 ablation: install  ## repeat the ablation, on the bundled photographs and on generated ones, from nothing; goes on where it was stopped (hours)
 	@mkdir -p $(RUNS) runs/shapes
 	@$(PAPERMILL) -p results $(RUNS)/ablation/results.json nbs/ablation.ipynb $(RUNS)/ablation.ipynb
-	@$(PAPERMILL) -p data shapes -y "variants: [scratch, continued, student, correlated, placewise]" \
+	@$(PAPERMILL) -p data shapes -y "variants: [high, scratch, continued, student, correlated, placewise]" \
 		-p results runs/shapes/ablation/results.json nbs/ablation.ipynb runs/shapes/ablation.ipynb
 
 test: install lint  ## everything: package and notebooks agree, notebooks are clean and run, tests pass

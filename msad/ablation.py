@@ -249,7 +249,7 @@ VARIANTS = {
     )
 }
 # Decide the main question, so they get more seeds.
-MAIN = ("teacher", "scratch", "continued", "student")
+MAIN = ("teacher", "scratch", "continued", "student", "placewise")
 
 # %% ../nbs/25_ablation.ipynb #a4304128
 MADE = ("held-out", "shapes")
@@ -273,7 +273,7 @@ class AblationSettings:
     alpha: float = 0.02  # size of the distillation
     correlated_alpha: float = 0.5  # the same where it goes by correlation
     precision: str = "fp32"
-    seeds: int = 5  # of the teacher and the variants 2, 3 and 6
+    seeds: int = 5  # of the teacher and the variants 2, 3, 6 and 10
     other_seeds: int = 3  # of the others
     variants: Sequence[str] | None = None  # names of those to train, besides what they start from; none: all
     out: str | None = None  # folder of the runs; none: runs/DATA/ablation under the repository
@@ -599,28 +599,29 @@ def difference(
 
 def recovered(
     results: Sequence[dict],  # rows of `read_results`
+    taught: str = "student",  # the variant that the teacher teaches
 ) -> tuple[float, tuple[float, float]]:  # the share, and an interval of 95 % over seeds and photographs
-    "Which share of the teacher's lead over variant 3 the full method recovers: ratio of the mean differences."
-    seeds = common_seeds(results, "teacher", "continued", "student")
-    teacher, low, student = (
-        np.array([by_seed(results, name)[seed] for seed in seeds]) for name in ("teacher", "continued", "student")
-    )
-    samples = {name: samples_of(results, name, seeds) for name in ("teacher", "continued", "student")}
-    gain = drawn_together(samples["student"] - samples["continued"])
-    lead = drawn_together(samples["teacher"] - samples["continued"])
-    with np.errstate(divide="ignore", invalid="ignore"): shares = gain / lead
+    "Which share of the teacher's lead over variant 3 a student recovers: ratio of the mean differences."
+    names = ("teacher", "continued", taught)
+    seeds = common_seeds(results, *names)
+    teacher, low, student = (np.array([by_seed(results, name)[seed] for seed in seeds]) for name in names)
+    teachers, lows, students = (samples_of(results, name, seeds) for name in names)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = drawn_together(students - lows) / drawn_together(teachers - lows)
     return float((student - low).mean() / (teacher - low).mean()), interval(shares[np.isfinite(shares)])
 
 
 def recovered_text(
     results: Sequence[dict],  # rows of `read_results`
+    taught: str = "student",  # the variant that the teacher teaches
 ) -> str:
-    "A sentence about what the full method recovers, once there are two seeds."
-    if len(set.intersection(*(set(by_seed(results, name)) for name in ("teacher", "continued", "student")))) < 2:
-        return "too few seeds yet to say what the full method recovers"
-    share, (low, high) = recovered(results)
+    "A sentence about what a student recovers of its teacher's lead, once there are two seeds."
+    title = VARIANTS[taught].title.split(",")[0]
+    if len(set.intersection(*(set(by_seed(results, name)) for name in ("teacher", "continued", taught)))) < 2:
+        return f"Too few seeds yet to say what variant {title} recovers of the teacher's lead."
+    share, (low, high) = recovered(results, taught)
     return (
-        f"The full method recovers {share:.0%} of the teacher's lead over variant 3 "
+        f"Variant {title} recovers {share:.0%} of the teacher's lead over variant 3 "
         f"(95 % interval over seeds and photographs: {low:.0%} to {high:.0%})."
     )
 

@@ -15,7 +15,7 @@ TINY = {
     "iterations": 8, "student_iterations": 4, "batch_size": 2, "short_side": 64, "head_convs": 1, "precision": "fp32",
     "seeds": 2, "other_seeds": 1, "devices": "cpu",
 }  # fmt: skip
-RUNS = 2 * 4 + 9
+RUNS = 2 * 5 + 8
 
 
 @pytest.fixture(scope="module")
