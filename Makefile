@@ -52,7 +52,7 @@ lint: install  ## ruff over package, tests and notebooks
 lab: install  ## JupyterLab, at the table of contents
 	$(BIN)/jupyter lab nbs/index.ipynb
 
-notebooks: install  ## execute the notebooks in place, as they are committed (the run notebooks show their finished runs)
+notebooks: install  ## execute the notebooks in place, as they are committed; after the demo, and the ablation trains what it lacks (hours)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--NotebookExporter.preprocessors=nbconvert.preprocessors.coalescestreams.CoalesceStreamsPreprocessor \
 		--CoalesceStreamsPreprocessor.enabled=True nbs/*.ipynb

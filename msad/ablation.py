@@ -70,7 +70,7 @@ from .targets import STRIDES
 
 # %% ../nbs/25_ablation.ipynb #3be57435
 class HighDetector(Student):
-    "A conventional detector: P3..P7 of the full-size view. Called like a `Student`."
+    "A conventional detector: P3..P7 of the full-size view. Called with a teacher's images."
 
     def pyramid(
         self,
@@ -379,7 +379,7 @@ def train_variant(
     description = {
         "variant": name,
         "role": detector.config.role,
-        "data": settings.shared["data"],
+        "data": data_name(images.folder.parent),
         "val_split": settings.val_split,
         "seed": seed,
         "shared": settings.shared,
@@ -616,12 +616,12 @@ def recovered_text(
     taught: str = "student",  # the variant that the teacher teaches
 ) -> str:
     "A sentence about what a student recovers of its teacher's lead, once there are two seeds."
-    title = VARIANTS[taught].title.split(",")[0]
+    number = VARIANTS[taught].title.split()[0]
     if len(set.intersection(*(set(by_seed(results, name)) for name in ("teacher", "continued", taught)))) < 2:
-        return f"Too few seeds yet to say what variant {title} recovers of the teacher's lead."
+        return f"Too few seeds yet to say what variant {number} recovers of the teacher's lead."
     share, (low, high) = recovered(results, taught)
     return (
-        f"Variant {title} recovers {share:.0%} of the teacher's lead over variant 3 "
+        f"Variant {number} recovers {share:.0%} of the teacher's lead over variant 3 "
         f"(95 % interval over seeds and photographs: {low:.0%} to {high:.0%})."
     )
 
@@ -693,7 +693,7 @@ def plot_ablation(
     "AP of each variant, a dot for each seed, with mean and standard deviation; and the differences with intervals."
     names = [name for name in VARIANTS if by_seed(results, name)]
     asked = answerable(results)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), dpi=80, layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), dpi=80, layout="constrained")
     for place, name in enumerate(reversed(names)):
         values = np.array(list(by_seed(results, name).values()))
         color = "#0072B2" if name == "student" else "#D55E00" if name == "teacher" else "0.45"
@@ -702,17 +702,16 @@ def plot_ablation(
         left.plot(values, np.full(len(values), place) + 0.22, "o", color=color, ms=3.5, alpha=0.6)
     left.set_yticks(range(len(names)), [VARIANTS[name].title for name in reversed(names)])
     left.set(xlabel="box AP (%): mean, standard deviation, seeds (dots)")
+    colors = {"over seeds": "#009E73", "over photographs": "#CC79A7", "over both": "black"}
     for place, (_, *pair) in enumerate(reversed(asked)):
         found = difference(results, *pair)
-        styles = ((found.over_seeds, 0.18, "#009E73"), (found.over_images, -0.18, "#CC79A7"))
-        for (low, high), aside, color in styles:
+        for (low, high), aside, color in zip(found[3:], (0.24, 0, -0.24), colors.values(), strict=True):
             right.plot([low, high], [place + aside] * 2, color=color, lw=2.5, solid_capstyle="butt")
-            right.plot(found.mean, place + aside, "o", color=color, ms=5)
+            right.plot(found.mean, place + aside, "o", color=color, ms=3.5)
     right.axvline(0, color="0.5", lw=0.8, ls="--")
     right.set_yticks(range(len(asked)), [question for question, *_ in reversed(asked)])
     right.set(xlabel="difference of AP (points), 95 % intervals")
-    colors = {"over seeds": "#009E73", "over photographs": "#CC79A7"}
     handles = [plt.Line2D([], [], color=color, lw=2.5, label=label) for label, color in colors.items()]
-    fig.legend(handles=handles, loc="outside upper right", ncols=2, fontsize=8, frameon=False)
+    fig.legend(handles=handles, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
     for ax in (left, right): ax.grid(axis="x", alpha=0.25)
     return fig

@@ -124,7 +124,7 @@ def convolutions_of(
 def convolutions_alone(
     calls: Sequence[ConvCall],
 ) -> Callable[[], None]:
-    "A function that runs these convolutions on random numbers, and those that learn backward too."
+    "A function that runs these convolutions on random numbers: forward, and backward as well where they learn."
     shapes = {(call.shape, call.layout) for call in calls}
     inputs = {(shape, layout): torch.randn(shape).to(memory_format=layout) for shape, layout in shapes}
     goals = {}

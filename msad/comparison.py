@@ -320,11 +320,12 @@ def plot_classes(
     fig, ax = plt.subplots(figsize=(6, 1.4 + 0.26 * len(shown)), dpi=80, layout="constrained")
     for number, runs in enumerate(compared):
         aside = (number - (len(compared) - 1) / 2) * 0.5 / max(len(compared), 1)
-        values, below, above = np.array([figures[name][number] for name in shown]).T
+        values, below, above = np.array([figures[name][number] for name in shown]).reshape(-1, 3).T
         style = dict(fmt=runs.look.marker, color=runs.look.color, ms=6, mec="black", mew=0.4, capsize=2)
         ax.errorbar(values, np.arange(len(shown)) + aside, xerr=[below, above], **style, label=runs.label)
     ax.set_yticks(range(len(shown)), [f"{name} ({counts[name]:,})" for name in shown])
     ax.set(xlabel="AP [%]", ylabel="class (objects to find)", xlim=(0, None), ylim=(len(shown) - 0.4, -0.6))
+    if not shown: ax.text(0.5, 0.5, "no class has an AP", ha="center", transform=ax.transAxes)
     if len(known) > most:
         ax.axhline(half - 0.5, color="black", lw=0.8)
         note = f"{len(known) - 2 * half} classes between"

@@ -178,7 +178,10 @@ def usable_boxes(
 def upright_rgb(
     image: Image.Image,  # of any mode; of an animation the picture it stands at counts
 ) -> Image.Image:  # RGB
-    "An image turned as its EXIF orientation says, with 8 bits a colour. Raises what Pillow raises if it is damaged."
+    """An image turned as its EXIF orientation says, with 8 bits a colour.
+
+    Raises ValueError for pixels of other than 8 or 16 bits, and what Pillow raises if the image is damaged.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")): image = _eight_bits(image)
     return image.convert("RGB")
@@ -200,8 +203,7 @@ def read_image_and_size(
             reduced = file.size != (width, height)
             image = upright_rgb(file)
             if not reduced: return image, (image.height, image.width)
-            turned = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter
-            return image, (width, height) if turned else (height, width)
+            return image, (width, height) if _lies_on_its_side(file) else (height, width)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist: put the image there or {otherwise}.") from error
     except Exception as error:  # Pillow's decoders raise errors of many kinds
@@ -215,8 +217,18 @@ def read_image(
     otherwise: str = "remove it from the annotation file",  # for error messages: what to do without the image
     at_least: tuple[int, int] | None = None,  # short side and limit of the long side that are enough; none: in full
 ) -> Image.Image:  # RGB
-    "Decode an image, turn it as its EXIF orientation says, make it RGB. Raises ValueError if it does not decode."
+    """Decode an image, turn it as its EXIF orientation says, make it RGB.
+
+    Raises FileNotFoundError, or ValueError if it does not decode, in a sentence with path and cure.
+    """
     return read_image_and_size(path, otherwise, at_least)[0]
+
+
+def _lies_on_its_side(file: Image.Image) -> bool:
+    "Whether an opened file's height and width change places when it is turned upright; nothing is decoded."
+    if file.format == "TIFF": return False  # Pillow has turned it already
+    # A PNG's own `getexif` decodes the whole of it.
+    return Image.Image.getexif(file).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -225,6 +237,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 # %% ../nbs/10_data.ipynb #a580d262
+# COCO rounds corner and size on their own, so a box may stick out by a hundredth of a pixel and be right.
+_ROUNDING = 0.02
+
+
 class CocoImages(Dataset):
     """Photographs and boxes of `root/SPLIT/` and `root/annotations/instances_SPLIT.json`.
 
@@ -253,8 +269,7 @@ class CocoImages(Dataset):
         self.class_names = class_names(self.coco)
         images = [self.coco.imgs[i] for i in self.image_ids]
         self.paths = [str(self.folder / image["file_name"]) for image in images]
-        # as the annotation file says
-        self.sizes = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64)
+        stated = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64)
 
         annotations = self.coco.dataset["annotations"]
         owner = np.searchsorted(self.image_ids, np.array([a["image_id"] for a in annotations], dtype=np.int64))
@@ -265,6 +280,7 @@ class CocoImages(Dataset):
         self.labels = np.searchsorted(self.category_ids, categories)[order]
         self.iscrowd = np.array([a.get("iscrowd", 0) for a in annotations], dtype=bool)[order]
         self.first = np.searchsorted(self.owner, np.arange(len(self.image_ids) + 1))
+        self.sizes = _upright_sizes(self.paths, stated, self.owner, self.boxes)  # height and width of every image
 
     def __getstate__(self) -> dict:
         "What travels to a process that loads images: the arrays, not the annotation file's objects."
@@ -287,7 +303,10 @@ class CocoImages(Dataset):
         self,
         index: int,  # position in `image_ids`
     ) -> tuple[Image.Image, dict]:  # image and target
-        "Decode image number `index`. Raises ValueError if it does not decode or has another size than stated."
+        """Decode image number `index`.
+
+        Raises FileNotFoundError, or ValueError if it does not decode or has another size than stated.
+        """
         index = range(len(self))[index]  # counts negative ones from the end
         image, size = read_image_and_size(self.paths[index], at_least=self.decode_for)
         stated = self.sizes[index].tolist()
@@ -307,6 +326,24 @@ class CocoImages(Dataset):
             "image_id": self.image_ids[index],
             "size": size,
         }
+
+
+def _upright_sizes(paths: list[str], stated: np.ndarray, owner: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    "The stated sizes, or those of the files' headers if a box shows that the stated ones are not of upright images."
+    x, y, w, h = boxes.T
+    with np.errstate(invalid="ignore", over="ignore"): reach = np.stack([y + h, x + w], axis=1) - _ROUNDING
+    room = stated[owner]
+    suspects = np.unique(owner[(reach > room).any(axis=1) & (reach <= room[:, ::-1]).all(axis=1)])
+    if all(_upright_size(paths[i], stated[i].tolist()) == stated[i].tolist() for i in suspects): return stated
+    return np.array([_upright_size(path, size) for path, size in zip(paths, stated.tolist(), strict=True)])
+
+
+def _upright_size(path: str, stated: list[int]) -> list[int]:
+    "Height and width by a file's header; as stated if it cannot be read or says something else altogether."
+    try:
+        with Image.open(path) as file: size = [*(file.size if _lies_on_its_side(file) else file.size[::-1])]
+    except Exception: return stated  # whoever decodes the image says what is wrong
+    return size if sorted(size) == sorted(stated) else stated
 
 # %% ../nbs/10_data.ipynb #5acd03e9
 def resized_size(
@@ -530,7 +567,7 @@ def eval_loader(
     transform: EvalTransform,  # the size
     batch_size: int = 1,  # images a batch at most
     workers: int = 0,  # processes that decode; 0 decodes in this one
-    divisor: int = 256,  # the model pads to a multiple of this, pixels
+    divisor: int = 64,  # the model pads to a multiple of this, pixels
     rank: int = 0,  # number of this process
     world_size: int = 1,  # processes that share the images
 ) -> DataLoader:
@@ -564,8 +601,8 @@ class DataSummary:
     classes: int  # categories
     boxes_per_class: dict[str, int]  # class name to number of usable boxes, in the order of the labels
     crowd: int  # crowd boxes, which training leaves out
-    dropped: int  # boxes left out: not finite, without width or height, or outside their image
-    clipped: int  # boxes cut at the border of their image
+    dropped: int  # boxes that training leaves out: not finite, without width or height, or outside their image
+    clipped: int  # boxes that training cuts at the border of their image
     empty: int  # images without a box that is no crowd, which training leaves out
     smallest: tuple[int, int]  # least height and least width, pixels
     largest: tuple[int, int]  # greatest height and greatest width, pixels
@@ -578,7 +615,7 @@ class DataSummary:
         lines = [
             f"{self.name}: {self.images:,} images, {low_h} to {high_h} pixels high, {low_w} to {high_w} wide",
             f"{self.boxes:,} boxes in {self.classes} {'class' if self.classes == 1 else 'classes'}: {most}",
-            f"unusable boxes dropped: {self.dropped:,}, clipped to the image: {self.clipped:,}",
+            f"boxes that training drops as unusable: {self.dropped:,}, or cuts at the border: {self.clipped:,}",
             f"crowd boxes: {self.crowd:,}, images without a box to learn from: {self.empty:,}",
         ]
         return "\n".join(lines)
@@ -612,8 +649,7 @@ def check_data(
 
     x, y, w, h = images.boxes.T
     with np.errstate(invalid="ignore", over="ignore"):
-        # COCO rounds corner and size on their own, so a box may stick out by a hundredth of a pixel and be right.
-        moved = (np.abs(np.stack([x, y, x + w, y + h], axis=1) - boxes) > 0.02).any(axis=1)
+        moved = (np.abs(np.stack([x, y, x + w, y + h], axis=1) - boxes) > _ROUNDING).any(axis=1)
     per_class = np.bincount(images.labels[good], minlength=len(images.class_names)).tolist()
     return DataSummary(
         name=split,

@@ -3,22 +3,12 @@
 import pytest
 
 from msad.capacity import capacity
-
-PUBLISHED = (
-    ("teacher", 1.0, 1.25),
-    ("teacher", 0.75, 0.70),
-    ("teacher", 0.5, 0.31),
-    ("teacher", 0.25, 0.08),
-    ("student", 1.0, 0.25),
-    ("student", 0.75, 0.14),
-    ("student", 0.5, 0.06),
-    ("student", 0.25, 0.02),
-)
+from msad.comparison import PUBLISHED_RESULTS
 
 
-@pytest.mark.parametrize(("role", "width", "published"), PUBLISHED)
-def test_published_capacity(role, width, published):
-    assert capacity(width, role) == pytest.approx(published, abs=0.015)
+@pytest.mark.parametrize("published", PUBLISHED_RESULTS, ids=lambda published: f"{published.role}-{published.width}")
+def test_published_capacity(published):
+    assert capacity(published.width, published.role) == pytest.approx(published.capacity, abs=0.0125)
 
 
 def test_unknown_width_is_refused():

@@ -126,19 +126,51 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
 
 def test_exif_rotation(data):
     root, dataset = data
-    pixels = np.zeros((20, 30, 3), dtype=np.uint8)
-    pixels[:, :10] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise for display
-    Image.fromarray(pixels).save(root / "train/0.jpg", exif=exif, quality=95)
-    for height, width in ((30, 20), (20, 30)):  # annotation files come with either
-        dataset["images"][0].update(height=height, width=width)
+    for name, height, width in (("0.jpg", 20, 30), ("deep/er/1.jpg", 40, 60)):
+        pixels = np.zeros((height, width, 3), dtype=np.uint8)
+        pixels[:, : width // 3] = 255
+        Image.fromarray(pixels).save(root / "train" / name, exif=exif, quality=95)
+    dataset["annotations"][0]["bbox"] = [2, 17.25, 8, 10]  # fits the upright image alone
+    dataset["annotations"][2]["bbox"] = [10, 3, 10, 8.25]
+    for sizes in (((30, 20), (60, 40)), ((20, 30), (40, 60))):  # annotation files come with either
+        for entry, (height, width) in zip(dataset["images"], sizes, strict=False):
+            entry.update(height=height, width=width)
         write(root, dataset)
         images = CocoImages(root, "train")
         image, target = images[images.image_ids.index(100)]
         assert image.size == (20, 30) and target["size"] == (30, 20)
         assert np.asarray(image)[:8].min() > 200 and np.asarray(image)[12:].max() < 50
-        check_data(root, "train")
+        assert target["boxes"][0].tolist() == [2, 17.25, 10, 27.25]
+        assert images.sizes.tolist() == [list(images[i][1]["size"]) for i in range(6)]
+        summary = check_data(root, "train")
+        assert (summary.dropped, summary.clipped, summary.boxes) == (0, 0, 12)
+        assert (summary.smallest, summary.largest) == ((30, 20), (64, 90))
+        for views, _ in itertools.islice(train_loader(images, TrainTransform(32, 64), 2), 12):
+            assert len({view.shape[2] > view.shape[1] for view in views}) == 1
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_size_by_the_header(data, kind, orientation):
+    root, dataset = data
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (30, 20)).save(root / f"train/0.{kind}", exif=exif)
+    width, height = read_image(root / f"train/0.{kind}").size
+    dataset["images"][0].update(file_name=f"0.{kind}", height=width, width=height)  # the wrong way round
+    dataset["annotations"][0]["bbox"] = [0, 0, width, height]
+    write(root, dataset)
+    images = CocoImages(root, "train")
+    assert images.sizes[5].tolist() == [height, width] and images[5][1]["boxes"][0].tolist() == [0, 0, width, height]
+    Image.new("RGB", (31, 20)).save(root / f"train/0.{kind}")
+    with pytest.raises(ValueError, match=rf"has \[20, 31\] as .* states \[{width}, {height}\]"):
+        CocoImages(root, "train")[5]
+    (root / f"train/0.{kind}").write_text("no image")
+    with pytest.raises(ValueError, match="1 of 6 images do not decode"): check_data(root, "train")
+    (root / f"train/0.{kind}").unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 6 images do not exist"): check_data(root, "train")
 
 
 def test_images_that_do_not_decode(data):
@@ -214,7 +246,7 @@ def test_bad_boxes_are_dropped_and_counted(data):
     assert (summary.dropped, summary.clipped, summary.crowd, summary.empty) == (4, 1, 5, 0)
     assert summary.boxes == 18 - 5 - 4 and summary.boxes_per_class == {"dog": 5, "cat": 3, "owl": 1}
     assert summary.images == 6 and summary.smallest == (30, 32) and summary.largest == (64, 90)
-    assert "dropped: 4" in repr(summary) and "dog 5" in repr(summary)
+    assert "drops as unusable: 4, or cuts at the border: 1" in repr(summary) and "dog 5" in repr(summary)
     images = CocoImages(root, "train")
     assert sum(len(images[i][1]["labels"]) for i in range(6)) == 18 - 4
     _, target = images[images.image_ids.index(80)]

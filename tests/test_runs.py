@@ -275,7 +275,7 @@ def test_unusable_boxes_are_counted_aloud(coco, tmp_path):
         content["annotations"].append({"id": 100 + i, "image_id": 1, "category_id": 7, "bbox": box, "iscrowd": 0})
     path.write_text(json.dumps(content))
     plan = prepare(teacher_settings(coco, tmp_path / "run"))
-    assert "unusable boxes dropped: 3, clipped to the image: 1" in str(plan)
+    assert "boxes that training drops as unusable: 3, or cuts at the border: 1" in str(plan)
 
 
 # Bad input: each is a sentence before any work, and nothing is written.
