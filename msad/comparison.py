@@ -136,6 +136,13 @@ def _but_seed(folder: Path) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
+def _interval(samples: np.ndarray, axis: int) -> np.ndarray:
+    "Ends of the middle 95 % of the samples along an axis, 2×…; nan where every sample is."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # where nothing is to be found or detected
+        return np.nanpercentile(samples, [2.5, 97.5], axis=axis)
+
+
 def compare(
     runs: Sequence[str | os.PathLike],  # folders of finished runs
     annotations: str | os.PathLike | COCO,  # annotation file of the validation split, or its index
@@ -149,7 +156,7 @@ def compare(
     single = [group[0] for group in groups if len(group) == 1]
     results = [read_json(summaries[number].folder / "detections.json") for number in single]
     samples = bootstrap(annotations, results) if single else np.empty((1, 0))
-    intervals = dict(zip(single, np.nanpercentile(samples, [2.5, 97.5], axis=0).T.tolist(), strict=True))
+    intervals = dict(zip(single, _interval(samples, axis=0).T.tolist(), strict=True))
     compared, drawn = [], dict.fromkeys(ROLES, 0)
     for first, *others in groups:
         role = summaries[first].config.role
@@ -513,9 +520,7 @@ def plot_resolutions(
         picks = np.random.default_rng(0).integers(photographs, size=(1000, photographs))
         weights = np.stack([np.bincount(pick, minlength=photographs) for pick in picks])
         samples = precision_recall(np.einsum("rp,spk->srk", weights, counts))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # where nothing is detected, there is no precision
-            low, high = np.nanpercentile(samples, [2.5, 97.5], axis=1)
+        low, high = _interval(samples, axis=1)
         places = np.array(short_sides) * (1 + 0.012 * (number - (len(resolutions) - 1) / 2))
         for which, ax in enumerate(axs):
             mean = values[:, which]
