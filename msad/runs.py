@@ -89,9 +89,9 @@ def check_types(settings: object) -> None:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}: choose a whole number from {least} on")
         if kinds[0] is float:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value!r}: choose a number, of 0 or more")
-            if value == 0 and name != "alpha": raise ValueError(f"{name} is {value!r}: choose a number above 0")
+            number, zero = isinstance(value, int | float) and not isinstance(value, bool), name == "alpha"
+            if not number or not 0 <= value < math.inf or (value == 0 and not zero):
+                raise ValueError(f"{name} is {value!r}: choose a number {'of 0 or more' if zero else 'above 0'}")
         if kinds[0] is str and name != "devices" and not (isinstance(value, str) and value):
             raise ValueError(f"{name} is {value!r}: write a text, such as a path")
     resolve_device(settings.devices)
