@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'BLOCKS', 'write_atomically', 'cannot_write', 'sync_folder', 'save_file', 'save_model', 'slimmable_name',
-           'published_part', 'coco_classes', 'published_config', 'Checkpoint', 'reason', 'read_file', 'read_checkpoint',
-           'narrow', 'cut_state', 'restore', 'load_model', 'load_original', 'load_weights']
+           'published_part', 'coco_classes', 'published_config', 'knows_classes', 'Checkpoint', 'reason', 'read_file',
+           'read_checkpoint', 'narrow', 'cut_state', 'restore', 'load_model', 'load_original', 'load_weights']
 
 # %% ../nbs/08_checkpoint.ipynb #41f4ef0b
 import errno
@@ -14,7 +14,7 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -148,6 +148,15 @@ def published_config(state: dict[str, Tensor]) -> ModelConfig:
         pad=256,
         normalization=CAFFE,
     )
+
+
+def knows_classes(
+    config: ModelConfig,
+    class_names: Sequence[str],  # of the data, in the order of the labels
+) -> bool:
+    "Whether a model's classes are those of the data; a published file of other data than COCO only has their number."
+    nameless = config.class_names == tuple(f"class {i}" for i in range(len(class_names)))
+    return nameless or config.class_names == tuple(class_names)
 
 # %% ../nbs/08_checkpoint.ipynb #58e91556
 @dataclass(frozen=True)
@@ -312,7 +321,7 @@ def load_weights(
                 raise ValueError(
                     f"{parameter}: {checkpoint.path} has {name} {theirs} and the model {ours}; set {name} to {theirs}"
                 )
-        if checkpoint.config.class_names != model.config.class_names:
+        if not knows_classes(checkpoint.config, model.config.class_names):
             state = {name: value for name, value in state.items() if not name.startswith("head.cls_logits.")}
     taken = {name: value for name, value in state.items() if name in fresh}
     for name, value in taken.items():

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 
-from .checkpoint import load_model
+from .checkpoint import knows_classes, load_model
 from .coco_eval import class_figures, figures, run_coco_eval
 from .data import CocoImages, check_data
 from .detectors import Student, Teacher
@@ -32,12 +32,11 @@ from msad.runs import (
     file_description,
     final_file,
     folder_state,
-    knows_classes,
     read_settings_file,
     scaled_max_side,
     settings_dict,
-    shorten,
     shown,
+    told_apart,
     write_json,
 )
 
@@ -129,10 +128,11 @@ def evaluate_run(
     images = CocoImages(data, settings.val_split)
     summary = check_data(data, settings.val_split, decode=False, coco=images.coco)
     config = model.config
-    if not knows_classes(config, images):
+    if not knows_classes(config, images.class_names):
+        theirs, ours = told_apart(config.class_names, tuple(images.class_names))
         raise ValueError(
-            f"model: {path} knows the classes {shorten(config.class_names)} and {images.annotation_file} has "
-            f"{shorten(tuple(images.class_names))}; give a model trained on these classes"
+            f"model: {path} knows the classes {theirs} and {images.annotation_file} has {ours}; give a model trained "
+            "on these classes"
         )
     short_side = settings.short_side or config.short_side
     max_side = settings.max_side or scaled_max_side(short_side, config)

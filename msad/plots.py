@@ -350,8 +350,12 @@ def read_run(
     "What a run folder says of its run. Raises FileNotFoundError or ValueError if it has no valid `settings.json`."
     folder = Path(folder).resolve()
     settings = read_json(folder / "settings.json")
-    if not isinstance(settings, dict) or "model" not in settings:
-        raise ValueError(f"{folder / 'settings.json'} has no 'model': give the folder of a run.")
+    try:
+        config = ModelConfig.from_dict(settings["model"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{folder / 'settings.json'} has no 'model' that describes a detector: give the folder of a run."
+        ) from None
     metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
 
     def plain(value: float | None) -> float:
@@ -359,7 +363,7 @@ def read_run(
 
     return RunSummary(
         folder,
-        ModelConfig.from_dict(settings["model"]),
+        config,
         {name: plain(metrics.get(name)) for name in FIGURES},
         {name: plain(ap) for name, ap in metrics.get("classes", {}).items()},
         plain(metrics.get("seconds_per_image")),

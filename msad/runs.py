@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'RUN_FILES', 'SCHEDULE', 'LATER_SETTINGS', 'repository', 'data_name', 'data_folder', 'runs_folder',
            'default_folder', 'shown', 'final_file', 'check_types', 'TrainSettings', 'read_settings_file',
-           'settings_dict', 'model_config', 'knows_classes', 'scaled_max_side', 'shorten', 'recipe_of', 'base_recipe',
+           'settings_dict', 'model_config', 'scaled_max_side', 'shorten', 'told_apart', 'recipe_of', 'base_recipe',
            'write_json', 'fingerprint', 'file_description', 'flat', 'differences', 'read_settings', 'folder_state',
            'FolderInUse', 'claimed', 'finished_runs']
 
@@ -21,8 +21,7 @@ from typing import TypeVar, get_args
 
 from filelock import FileLock, Timeout
 
-from .backbone import width_index
-from .checkpoint import Checkpoint, write_atomically
+from .checkpoint import Checkpoint, knows_classes, write_atomically
 from .data import CocoImages, read_json
 from .detectors import ModelConfig
 from .processes import resolve_device
@@ -114,8 +113,8 @@ class TrainSettings:
     batch_size: int | None = None
     lr: float | None = None
     alpha: float | None = None  # size of a student's distillation, 0: without; none: the recipe's
-    short_side: int | None = None  # test size; none: the teacher's, else 800 (192 on "trees")
-    max_side: int | None = None  # none: in proportion to 1333 for 800
+    short_side: int | None = None  # test size; none: the teacher's or the weights', else 800 (192 on "trees")
+    max_side: int | None = None  # none: in the proportion of theirs, else of 1333 to 800
     precision: str = "fp32"  # or "bf16", "fp16"
     batch_norm: str = "trained"  # or "fixed"
     reduced_decoding: bool = False  # JPEGs are decoded no larger than needed
@@ -133,8 +132,9 @@ class TrainSettings:
     max_restarts: int = 3  # after a process was killed
 
     def __post_init__(self):
+        ModelConfig(self.role, self.width)  # checks both
         check_types(self)
-        width_index(self.width)
+        replace(TREES[self.role], precision=self.precision, batch_norm=self.batch_norm)  # likewise
         if self.role == "teacher" and self.alpha is not None:
             raise ValueError(f"alpha is {self.alpha!r}: only a student has a distillation, so leave it out")
         if self.node_rank >= self.nnodes:
@@ -209,19 +209,13 @@ def model_config(
         )
     for name in ("width", "neck_channels", "class_names"):
         if teacher and getattr(teacher, name) != getattr(config, name):
-            if name == "class_names" and knows_classes(teacher, images): continue
-            theirs, ours = getattr(teacher, name), getattr(config, name)
+            if name == "class_names" and knows_classes(teacher, images.class_names): continue
+            theirs, ours = told_apart(getattr(teacher, name), getattr(config, name))
             raise ValueError(
-                f"teacher: its {name} is {shorten(theirs)} and the student's {shorten(ours)}; they must be the same, "
-                "so give another teacher or train one"
+                f"teacher: its {name} is {theirs} and the student's {ours}; they must be the same, so give another "
+                "teacher or train one"
             )
     return config
-
-
-def knows_classes(config: ModelConfig, images: CocoImages) -> bool:
-    "Whether a model's classes are those of the data; a published file of other data than COCO only has their number."
-    nameless = config.class_names == tuple(f"class {i}" for i in range(len(images.class_names)))
-    return nameless or list(config.class_names) == images.class_names
 
 
 def scaled_max_side(short_side: int, like: ModelConfig | None) -> int:
@@ -233,6 +227,24 @@ def shorten(value: object) -> str:
     "`value` as text of a line at most."
     text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def told_apart(there: object, now: object) -> tuple[str, str]:
+    """Two values that differ, as texts that do.
+
+    Where lists would be cut before they differ, the first entry that does is shown, and how many there are.
+    """
+    texts = shorten(there), shorten(now)
+    if texts[0] != texts[1]: return texts
+    if not (isinstance(there, list | tuple) and isinstance(now, list | tuple)): return str(there), str(now)
+    same = [one == other for one, other in zip(there, now, strict=False)]
+    first = same.index(False) if False in same else len(same)
+
+    def entry(values):
+        if first == len(values): return f"… nothing more ({first} in all)"
+        return f"… {values[first]!r} (number {first + 1} of {len(values)})"
+
+    return entry(there), entry(now)
 
 
 def recipe_of(
@@ -302,13 +314,19 @@ def differences(
     there: dict,  # settings that were recorded
     now: dict,  # settings that are asked for
 ) -> dict[str, str]:  # by name of the setting
-    "What two descriptions do not agree on, as sentences for people."
+    """What two descriptions do not agree on, as sentences for people.
+
+    A file (see `file_description`) is what is in it, whatever its path, as far as its SHA-256 is known.
+    """
     there, now = flat(there), flat(now)
-    return {
-        name: f"{name}: {shorten(there.get(name))} there, {shorten(now.get(name))} now"
-        for name in {**there, **now}
-        if there.get(name) != now.get(name)
-    }
+    known = {name for name, value in now.items() if name.endswith(".sha256") and value and value == there.get(name)}
+    moved = {f"{name.removesuffix('sha256')}file" for name in known}
+    said = {}
+    for name in {**there, **now}:
+        if there.get(name) == now.get(name) or name in moved: continue
+        theirs, ours = told_apart(there.get(name), now.get(name))
+        said[name] = f"{name}: {theirs} there, {ours} now"
+    return said
 
 
 def read_settings(folder: Path, parameter: str = "out") -> dict:

@@ -186,13 +186,17 @@ def plan_state(plan: Plan) -> str:
     description, recorded = plan.description, plan.settings.folder / "settings.json"
     if plan.teacher and not plan.teacher.is_file() and recorded.is_file():
         there = read_settings(plan.settings.folder).get("teacher") or {}
-        description["teacher"]["sha256"] = there.get("sha256")
+        if there.get("file") == description["teacher"]["file"]: description["teacher"]["sha256"] = there.get("sha256")
     restarted = launched() and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
     return folder_state(plan.settings.folder, description, plan.settings.resume or restarted)
 
 
 def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
-    "The file of a student's teacher and, where it is missing and can be trained here and now, how."
+    """The file of a student's teacher and, where it is missing and can be trained here and now, how.
+
+    Raises `FileNotFoundError` when the default one is missing and the data are not the bundled photographs, and a
+    `ValueError` when it is of other data or cannot be trained.
+    """
     if settings.teacher: return final_file(settings.teacher), None
     folder = default_folder(settings.data, "teacher", settings.width)
     file = folder / "model_final.pth"

@@ -309,6 +309,16 @@ def test_other_classes_start_the_class_layer_anew(tmp_path):
         assert said.endswith("started anew: head.cls_logits")
 
 
+def test_nameless_classes_are_taken_for_as_many_of_the_data(tmp_path):
+    nameless = lively(replace(SMALL, class_names=("class 0", "class 1", "class 2")))
+    save_model(tmp_path / "model_final.pth", nameless)
+    for names, expected in ((("pine", "yew", "fir"), "loaded {0} of {0}"), (("pine", "yew"), "started anew: head.cls")):
+        model = build_model(replace(SMALL, class_names=names, category_ids=tuple(range(len(names)))))
+        assert expected.format(len(model.state_dict())) in load_weights(model, read_checkpoint(tmp_path))
+        kept = torch.equal(model.head.cls_logits.weight, nameless.head.cls_logits.weight)
+        assert kept == (len(names) == 3)
+
+
 def test_a_student_starts_from_a_teacher_but_for_its_own_needs(tmp_path):
     teacher = lively(replace(SMALL, role="teacher"))
     save_model(tmp_path / "model_final.pth", teacher)

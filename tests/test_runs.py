@@ -17,7 +17,7 @@ from msad.detectors import CAFFE, ModelConfig, build_model
 from msad.evaluation import EvaluateSettings, evaluate_run
 from msad.log import read_log
 from msad.resume import checkpoints
-from msad.runs import TrainSettings, default_folder, finished_runs
+from msad.runs import TrainSettings, default_folder, final_file, finished_runs, write_json
 from msad.train import initial_model, prepare, run
 
 SIZES = dict(neck_channels=64, iterations=3, batch_size=2, short_side=128, max_side=213)
@@ -118,6 +118,31 @@ def test_folder_of_an_earlier_version_is_known(finished, tmp_path):
     assert prepare(settings).state == "finished"
     with pytest.raises(ValueError, match="reduced_decoding: False there, True now"):
         prepare(replace(settings, reduced_decoding=True))
+
+
+def test_weights_and_teacher_may_be_moved(finished, tmp_path):
+    settings = student_settings(finished, finished / "student-w0.25")
+    for name in ("weights", "teacher"):
+        moved = tmp_path / f"{name}.pth"
+        shutil.copy(final_file(getattr(settings, name)), moved)
+        assert prepare(replace(settings, **{name: str(moved)})).state == "finished"
+        other = load_model(moved)
+        torch.nn.init.zeros_(other.head.cls_logits.bias)
+        save_model(moved, other)
+        with pytest.raises(ValueError, match=rf"{name}.file: .* now; {name}.sha256: \w+ there, \w+ now"):
+            prepare(replace(settings, **{name: str(moved)}))
+
+
+def test_missing_teacher_is_not_taken_for_another(tmp_path, monkeypatch):
+    repository = tmp_path / "repository"
+    for split in ("train2017", "val2017"): write_coco(repository / "data" / "trees", split)
+    monkeypatch.chdir(repository)
+    teacher = write_teacher(tmp_path / "teacher.pth", head_convs=2)
+    settings = TrainSettings("student", teacher=str(teacher), **SMALL)
+    write_json(settings.folder / "settings.json", prepare(settings).description)
+    assert prepare(settings).state == "unfinished"
+    with pytest.raises(ValueError, match="teacher.file: .* there, runs/trees/teacher-w0.25/.* now"):
+        prepare(replace(settings, teacher=None))
 
 
 def test_reduced_decoding(tmp_path, monkeypatch):
@@ -315,6 +340,16 @@ def test_wrong_setting(coco, tmp_path, change, said):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("change, said", [
+    (dict(role="pupil"), "role is 'pupil': choose one of teacher, student"),
+    (dict(width=-1), "width is -1: choose one of 0.25, 0.5, 0.75, 1.0"),
+    (dict(precision="fp8"), "precision is 'fp8': choose one of fp32, bf16, fp16"),
+    (dict(batch_norm="frozen"), "batch_norm is 'frozen': choose one of trained, fixed"),
+])  # fmt: skip
+def test_wrong_choice_is_refused_before_any_file_is_read(change, said):
+    with pytest.raises(ValueError, match=said): TrainSettings(**{"role": "teacher", **change})
+
+
 @pytest.mark.parametrize("program", [msad.train, msad.evaluation])
 def test_programs_refuse_with_a_sentence(program, tmp_path, monkeypatch):
     (tmp_path / "settings.json").write_text('{"widht": 0.5}')
@@ -447,6 +482,25 @@ def test_evaluation_on_other_classes(finished, tmp_path):
     places = dict(model=str(finished / "student-w0.25"), data=str(tmp_path / "data"), out=str(tmp_path / "run"))
     settings = EvaluateSettings(**places)
     with pytest.raises(ValueError, match="knows the classes pine, oak and .* has elm"): evaluate_run(settings)
+
+
+def test_long_lists_of_classes_are_told_apart(tmp_path):
+    names = [f"species {i}" for i in range(20)]
+    config = ModelConfig("teacher", 0.25, tuple(names), tuple(range(20)), 64, 1, 128, 213)
+    save_model(tmp_path / "teacher.pth", build_model(config))
+    renamed = [*names[:12], "oak", *names[13:]]
+    for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split, ids=range(20), names=renamed)
+    data, file = str(tmp_path / "data"), str(tmp_path / "teacher.pth")
+    theirs, ours = r"… 'species 12' \(number 13 of 20\)", r"… 'oak' \(number 13 of 20\)"
+    with pytest.raises(ValueError, match=f"knows the classes {theirs} and .*val2017.json has {ours}; give a model"):
+        evaluate_run(EvaluateSettings(model=file, data=data))
+    with pytest.raises(ValueError, match=f"its class_names is {theirs} and the student's {ours}; they must be"):
+        prepare(TrainSettings("student", data=data, teacher=file, out=str(tmp_path / "run")))
+    settings = TrainSettings("teacher", data=data, out=str(tmp_path / "run"), **SMALL)
+    description = prepare(settings).description
+    description["model"]["class_names"] = names
+    write_json(settings.folder / "settings.json", description)
+    with pytest.raises(ValueError, match=f"model.class_names: {theirs} there, {ours} now"): prepare(settings)
 
 
 def test_validation_without_objects_gives_null(coco, tmp_path):
