@@ -378,7 +378,7 @@ def train_variant(
     model.to(device, memory_format=torch.channels_last)
     description = {
         "variant": name,
-        "role": detector.config.role,
+        "role": detector.config.role if variant.kind in (Teacher, Student) else name,
         "data": data_name(images.folder.parent),
         "val_split": settings.val_split,
         "seed": seed,

@@ -39,7 +39,7 @@ from .detectors import ROLES, ModelConfig, Student, Teacher, build_model
 from .inference import detect_dataset
 from msad.plots import (
     FIGURES,
-    SCORE_THRESHOLD,
+    SHOWN_SCORE,
     RunSummary,
     box_names,
     draw_boxes,
@@ -410,7 +410,7 @@ def _judged(images: CocoImages, results: list[dict]) -> list[tuple[dict[str, Ten
         part = slice(images.first[number], images.first[number + 1])
         boxes, usable = usable_boxes(images.boxes[part], images.sizes[number])
         truth = {"boxes": boxes, "labels": images.labels[part], "iscrowd": images.iscrowd[part]}
-        found = found_boxes(images, mine, image_id, SCORE_THRESHOLD)
+        found = found_boxes(images, mine, image_id, SHOWN_SCORE)
         judged.append((found, judge(found, {name: torch.from_numpy(value[usable]) for name, value in truth.items()})))
     return judged
 
@@ -463,7 +463,7 @@ def plot_mistakes(
         image, truth = images[images.image_ids.index(image_id)]
         row[0].set_ylabel(f"image {image_id}")
         for (name, results), ax in zip(detections.items(), row, strict=True):
-            found = found_boxes(images, results, image_id, SCORE_THRESHOLD)
+            found = found_boxes(images, results, image_id, SHOWN_SCORE)
             verdicts = judge(found, truth)
             ax.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
             ax.set(xticks=[], yticks=[])
@@ -477,7 +477,7 @@ def plot_mistakes(
         Line2D([], [], color=color, ls=line, lw=2, path_effects=[withStroke(linewidth=3.5, foreground=rim)], label=kind)
         for kind, (color, line, rim) in VERDICTS.items()
     ]
-    title = f"score at least {SCORE_THRESHOLD:g}, IoU at least 0.5 (badly placed: 0.1)"
+    title = f"score at least {SHOWN_SCORE:g}, IoU at least 0.5 (badly placed: 0.1)"
     place = dict(loc="outside lower center", ncols=4, frameon=False, fontsize=9, handlelength=3)
     fig.legend(handles=handles, title=title, **place)
     return fig
@@ -533,7 +533,7 @@ def plot_resolutions(
         ax.set(xlabel="short side of the photograph [pixels]", ylabel=what, ylim=(-0.03, 1.03))
         ax.set_xticks(sorted({side for entry in resolutions.values() for side in entry.short_sides}))
         ax.grid(alpha=0.25)
-    title = f"score at least {SCORE_THRESHOLD:g}, IoU at least 0.5; filled: the size it was made for"
+    title = f"score at least {SHOWN_SCORE:g}, IoU at least 0.5; filled: the size it was made for"
     handles, labels = axs[0].get_legend_handles_labels()
     fig.legend(handles, labels, title=title, loc="outside lower center", ncols=3, frameon=False)
     return fig

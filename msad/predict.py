@@ -34,7 +34,7 @@ from .evaluation import detector_file
 from .fast import fast_form
 from .inference import scale_back
 from .loop import AUTOCAST
-from .plots import SCORE_THRESHOLD, draw_boxes
+from .plots import SHOWN_SCORE, draw_boxes
 from .processes import resolve_device
 from .runs import data_folder, differences, file_description, read_settings, repository, shorten, shown, write_json
 
@@ -145,7 +145,7 @@ class Prediction(dict):
         write_atomically(path, lambda file: file.write(picture))
 
     def _repr_jpeg_(self) -> bytes:
-        return self.above(SCORE_THRESHOLD).jpeg(dpi=90)
+        return self.above(SHOWN_SCORE).jpeg(dpi=90)
 
 # %% ../nbs/27_predict.ipynb #5399b4b6
 BATCH_SIZE = 8
@@ -284,7 +284,7 @@ def predict_files(
     images: str | os.PathLike | None = None,  # file, folder, or pattern; none: the bundled validation photographs
     model: str | os.PathLike | None = None,  # run folder or file; none: the default student on "trees"
     out: str | os.PathLike | None = None,  # folder; none: runs/predict/NAME under the repository
-    score_threshold: float = SCORE_THRESHOLD,  # what scores less is left out of pictures and results
+    score_threshold: float = SHOWN_SCORE,  # what scores less is left out of pictures and results
     reduced_decoding: bool = False,  # JPEGs are decoded no larger than needed: faster, pixels differ a little
 ) -> Path:  # the folder
     """Look for objects in files, on a GPU if there is one, and write annotated pictures and `results.json`.

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from .checkpoint import Checkpoint, knows_classes, write_atomically
 from .data import CocoImages, read_json
-from .detectors import ModelConfig
+from .detectors import ROLES, ModelConfig
 from .processes import resolve_device
 from .recipe import PUBLISHED_RECIPES, TREES, Recipe, adapt
 
@@ -399,7 +399,10 @@ def claimed(
 def finished_runs(
     runs: Sequence[str | Path] | str | Path,  # run folders
 ) -> list[Path]:
-    "The run folders, all of them finished and of one data set. Raises `FileNotFoundError` or `ValueError`."
+    """The run folders, all of them finished, of teachers or students, and of one data set.
+
+    Raises `FileNotFoundError` or `ValueError`.
+    """
     folders = [Path(run).expanduser().resolve() for run in ([runs] if isinstance(runs, str | Path) else runs)]
     if not folders: raise ValueError("runs is empty: name at least one run folder")
     data = {}
@@ -408,6 +411,10 @@ def finished_runs(
         if missing := [name for name in needed if not (folder / name).is_file()]:
             raise FileNotFoundError(f"runs: {folder} has no {missing[0]}; give the folder of a finished run")
         settings = read_settings(folder, "runs")
+        if settings.get("role") not in ROLES:
+            raise ValueError(
+                f"runs: {folder} is of neither a teacher nor a student, so its cost is not known; leave it out"
+            )
         data[settings.get("data"), settings.get("val_split")] = folder
     if len(data) > 1:
         said = " and ".join(f"{folder} on {name} {split}" for (name, split), folder in data.items())
