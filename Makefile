@@ -7,8 +7,9 @@ PAPERMILL := $(BIN)/papermill --no-progress-bar --stdout-file - --stderr-file -
 
 # Begins first, so that one process of two is not left alone with it at the end.
 LONGEST := tests/test_processes.py
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
-.PHONY: help install demo ablation test lab lint notebooks clean
+.PHONY: help install demo models ablation check test slow lab lint notebooks clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/:/'
@@ -25,29 +26,38 @@ demo: $(RUNS)/analysis/summary.txt  ## train teacher and student on the bundled 
 
 $(RUNS)/analysis/summary.txt: | install
 	@mkdir -p $(RUNS)
-	@echo "1 of 4: the teacher"
+	@echo "1 of 3: the teacher"
 	@$(PAPERMILL) nbs/train_teacher.ipynb $(RUNS)/train_teacher.ipynb
-	@echo "2 of 4: the student"
+	@echo "2 of 3: the student"
 	@$(PAPERMILL) nbs/train_student.ipynb $(RUNS)/train_student.ipynb
-	@echo "3 of 4: evaluation of the student's file, on its own"
-	@$(PAPERMILL) nbs/evaluate.ipynb $(RUNS)/evaluate.ipynb
-	@echo "4 of 4: analysis"
+	@echo "3 of 3: analysis"
 	@$(PAPERMILL) nbs/analysis.ipynb $(RUNS)/analysis.ipynb
 
-ablation: install  ## repeat the ablation, on the bundled photographs and on generated ones, from nothing; goes on where it was stopped (hours)
-	@mkdir -p $(RUNS) runs/shapes
-	@$(PAPERMILL) -p results $(RUNS)/ablation/results.json nbs/ablation.ipynb $(RUNS)/ablation.ipynb
-	@$(PAPERMILL) -p data shapes -y "variants: [high, scratch, continued, student, correlated, placewise]" \
-		-p results runs/shapes/ablation/results.json nbs/ablation.ipynb runs/shapes/ablation.ipynb
+models: demo  ## replace the bundled student by that of the demo
+	cp $(RUNS)/student-w0.25/model_final.pth models/trees.pth
+	cp $(RUNS)/student-w0.25/metrics.json models/trees.json
 
-test: install lint  ## everything: package and notebooks agree, notebooks are clean and run, tests pass
+ablation: install  ## repeat the ablation, on the bundled photographs and on synthetic ones, from nothing; goes on where it was stopped (hours)
+	@mkdir -p $(RUNS) runs/synthetic
+	@$(PAPERMILL) -p results $(RUNS)/ablation/results.json nbs/ablation.ipynb $(RUNS)/ablation.ipynb
+	@$(PAPERMILL) -p data synthetic -y "variants: [high, scratch, continued, student, correlated, placewise]" \
+		-p results runs/synthetic/ablation/results.json nbs/ablation.ipynb runs/synthetic/ablation.ipynb
+
+check: install lint  ## lint, package and notebooks agree, the fast tests (under 2 minutes)
+	$(BIN)/python tests/check_notebooks.py
+	$(PYTEST) -m "not slow" tests
+
+test: install lint  ## everything: package and notebooks agree, notebooks are clean and run, all tests pass
 	$(BIN)/python tests/check_notebooks.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10 \
-		$(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
+	$(PYTEST) $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
-lint: install  ## ruff over package, tests and notebooks
+slow: install  ## the slow tests alone: real runs, several processes, notebooks through papermill
+	$(PYTEST) -m slow $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
+
+lint: install  ## style of package, tests and notebooks; names and calls of the package
 	$(BIN)/ruff check .
+	$(BIN)/ty check --quiet msad
 
 lab: install  ## JupyterLab, at the table of contents
 	$(BIN)/jupyter lab nbs/index.ipynb

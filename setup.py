@@ -1,8 +1,8 @@
-"What settings.ini says, told to setuptools."
+"The metadata of settings.ini, for setuptools."
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
@@ -18,8 +18,9 @@ setup(
     author=settings["author"],
     license=settings["license"].upper(),
     keywords=settings["keywords"],
-    packages=[settings["lib_name"]],
+    packages=find_packages(include=["msad", "msad.*"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={"dev": [*settings["dev_requirements"].split(), *export], "export": export},
+    entry_points={"console_scripts": ["msad = msad.cli:main"]},
 )

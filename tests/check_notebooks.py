@@ -17,20 +17,25 @@ RUN_NOTEBOOKS = ("train_teacher", "train_student", "evaluate", "predict", "expor
 
 
 def changed_by(command: str, folder: str, pattern: str) -> list[str]:
-    "The files of `folder` (relative to the root) that an nbdev command changes, adds or removes."
+    "List the files of `folder` (relative to the root) that an nbdev command changes, adds or removes."
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "copy"
-        skip = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".ipynb_checkpoints", "data")
+        skipped = {str(ROOT / name) for name in (".git", ".venv", "runs", "data", "models")}
+
+        def skip(parent, names):
+            skip_names = ("__pycache__", ".ipynb_checkpoints")
+            return [name for name in names if f"{parent}/{name}" in skipped or name in skip_names]
+
         shutil.copytree(ROOT, copy, ignore=skip)
-        before = {path.relative_to(copy): path.read_bytes() for path in (copy / folder).glob(pattern)}
+        before = {path.relative_to(copy): path.read_bytes() for path in (copy / folder).rglob(pattern)}
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         subprocess.run([command], cwd=copy, env=environment, check=True, stdout=subprocess.DEVNULL)
-        after = {path.relative_to(copy): path.read_bytes() for path in (copy / folder).glob(pattern)}
+        after = {path.relative_to(copy): path.read_bytes() for path in (copy / folder).rglob(pattern)}
     return sorted(str(name) for name in {*before, *after} if before.get(name) != after.get(name))
 
 
 def notebook_faults(path: Path) -> list[str]:
-    "What is wrong with a notebook as it is committed."
+    "List the faults of a notebook as it is committed."
     cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     faults = []
     if any("injected-parameters" in cell["metadata"].get("tags", []) for cell in cells):

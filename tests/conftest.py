@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from msad.checkpoint import save_model
-from msad.detectors import ModelConfig, build_model
+from msad.engine.weights import save_model
+from msad.models.detector import ModelConfig, build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +33,7 @@ def write_coco(root, split="train2017", images=4, size=(96, 64), ids=(7, 90), na
             content["annotations"].append({
                 "id": number + 1, "image_id": image["id"], "category_id": ids[number % len(ids)],
                 "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0,
-            })  # fmt: skip
+            })
         Image.fromarray(pixels).save(root / split / image["file_name"], quality=90)
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return content

@@ -23,14 +23,14 @@ from pathlib import Path
 import torch
 from conftest import write_coco
 
-from msad.checkpoint import load_model
-from msad.log import read_log
-from msad.resume import checkpoints
+from msad.engine.checkpoint import list_checkpoints
+from msad.engine.hooks import read_log
+from msad.engine.weights import load_model
 
 
 def start(settings: Path) -> subprocess.Popen:
     "Start a training, in a process group of its own."
-    command = [sys.executable, "-m", "msad.train", str(settings)]
+    command = [sys.executable, "-m", "msad.runs.train", str(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
@@ -66,7 +66,7 @@ def differences(folder: Path, reference: Path, iterations: int) -> list[str]:
     losses = [[row["loss"] for row in read_log(f)] for f in (folder, reference)]
     if losses[0] != losses[1]: found.append("log.jsonl has other losses")
     if list(folder.rglob(".*.partial")): found.append("something half written is left")
-    if len(checkpoints(folder)) != 2: found.append(f"{len(checkpoints(folder))} checkpoints are left")
+    if len(list_checkpoints(folder)) != 2: found.append(f"{len(list_checkpoints(folder))} checkpoints are left")
     return found
 
 

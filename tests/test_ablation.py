@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_coco
 
+pytestmark = pytest.mark.slow
+
 TINY = {
     "iterations": 8, "student_iterations": 4, "batch_size": 2, "short_side": 64, "head_convs": 1, "precision": "fp32",
     "seeds": 2, "other_seeds": 1, "devices": "cpu",
-}  # fmt: skip
+}
 RUNS = 2 * 5 + 8
 
 
@@ -26,7 +28,7 @@ def place(tmp_path_factory):
 
 
 def start(place, name, **more):
-    "Papermill at work on the ablation, its results and runs under `name`."
+    "Start papermill on the ablation, with results and runs under `name`."
     files = {"data": place / "data", "out": place / name, "results": place / f"{name}.json"}
     parameters = json.dumps({**TINY, **files, **more}, default=str)
     command = [str(Path(sys.executable).with_name("papermill")), "nbs/ablation.ipynb", "-y", parameters]
@@ -34,16 +36,16 @@ def start(place, name, **more):
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=heeding_ctrl_c,
-    )  # fmt: skip
+    )
 
 
 def heeding_ctrl_c():
-    "What a shell starts in the background ignores SIGINT, and so would all that these tests start."
+    "Listen to SIGINT; a process that a shell started in the background, and all that it starts, ignore it."
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def rows(place, name):
-    "The rows of a file of results by variant and seed."
+    "Read the rows of a file of results by variant and seed."
     contents = json.loads((place / f"{name}.json").read_text())
     assert contents["settings"]["iterations"] == 8
     return {(row["variant"], row["seed"]): row for row in contents["runs"]}
@@ -73,10 +75,11 @@ def test_two_processes_share_what_a_stopped_one_began(place):
     texts = ["".join(str(o.get("text", "")) for c in n["cells"] for o in c.get("outputs", [])) for n in notebooks]
     started = [sum(f", seed {seed}" in line for line in t.split("\\n") for seed in (0, 1)) for t in texts]
     assert all(started) and sum(started) == RUNS - len(begun)  # both worked, and nothing was done twice
-    assert "6 student, the full method" in texts[0]
+    tables = [output.get("data", {}) for cell in notebooks[0]["cells"] for output in cell.get("outputs", [])]
+    assert any("6 student, the full method" in "".join(table.get("text/markdown", "")) for table in tables)
 
 
-def test_same_seed_same_figures_and_other_settings_are_refused(place):
+def test_same_seed_same_metrics_and_other_settings_are_refused(place):
     alone = start(place, "alone", seeds=1)
     _, errors = alone.communicate(timeout=300)
     assert alone.returncode == 0, errors[-2000:]

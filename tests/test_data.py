@@ -10,22 +10,12 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from msad.data import (
-    CocoImages,
-    EvalImages,
-    EvalTransform,
-    TrainImages,
-    TrainSampler,
-    TrainTransform,
-    check_data,
-    eval_loader,
-    read_annotations,
-    read_image,
-    resized_size,
-    train_loader,
-    training_indices,
-    usable_boxes,
-)
+from msad.data.annotations import read_annotations, usable_boxes
+from msad.data.files import data_defaults
+from msad.data.images import CocoImages, read_image, resized_size
+from msad.data.loaders import EvalImages, TrainImages, TrainSampler, eval_loader, train_loader, training_indices
+from msad.data.summary import check_data
+from msad.data.transforms import EvalTransform, TrainTransform
 
 SIZES = ((40, 60), (60, 40), (48, 48), (30, 90), (50, 70), (64, 32))  # height, width
 CATEGORIES = ((7, "cat"), (-3, "dog"), (90, "owl"))
@@ -341,6 +331,16 @@ def test_missing_files(data):
         check_data(root, "train", decode=False)
     images = CocoImages(root, "train")
     with pytest.raises(FileNotFoundError, match=r"1\.jpg does not exist"): images[images.image_ids.index(90)]
+
+
+def test_defaults_of_a_data_folder(data):
+    root, _ = data
+    assert data_defaults(root) == {}
+    (root / "msad.json").write_text('{"recipe": "small", "short_side": 192}')
+    assert data_defaults(root) == {"recipe": "small", "short_side": 192}
+    for text, message in (("[1]", "msad.json holds a JSON list"), ("{", "msad.json is not valid JSON")):
+        (root / "msad.json").write_text(text)
+        with pytest.raises(ValueError, match=message): data_defaults(root)
 
 
 def test_names_used_twice(data):

@@ -10,9 +10,12 @@ import torch
 from conftest import write_coco
 from test_notebooks import papermill, texts
 
-from msad.checkpoint import coco_classes, load_model, save_model
-from msad.detectors import ModelConfig, build_model
-from msad.export import export_onnx
+from msad.deploy.onnx import export_onnx
+from msad.engine.published import coco_classes
+from msad.engine.weights import load_model, save_model
+from msad.models.detector import ModelConfig, build_model
+
+pytestmark = pytest.mark.slow
 
 # None of them has the size or the number that the export was made with.
 SIZES = ((1, 96, 128), (3, 97, 61), (2, 1, 1), (1, 33, 300), (4, 64, 64))
@@ -36,7 +39,7 @@ print(session.get_modelmeta().custom_metadata_map["class_names"])
 
 
 def make_model(path, **options):
-    "A file with an untrained student of COCO's classes that speaks up."
+    "Write an untrained student of COCO's classes whose scores are higher than usual."
     names, ids = coco_classes()
     torch.manual_seed(0)
     model = build_model(ModelConfig("student", 0.25, names, ids, short_side=64, max_side=107, **options))

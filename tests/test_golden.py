@@ -21,11 +21,14 @@ from golden.golden import load_case, sampled
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from msad.alignment import HIGH_LEVELS, low_view
-from msad.checkpoint import load_original, slimmable_name
-from msad.detectors import CAFFE, Distillation, Teacher
-from msad.fast import WinogradConv, fast_form
-from msad.neck import LEVELS
+from msad.deploy.winograd import WinogradConv, winograd_form
+from msad.engine.published import slimmable_name
+from msad.engine.weights import load_model
+from msad.models.detector import Teacher
+from msad.models.distillation import Distillation
+from msad.models.fusion import HIGH_LEVELS, low_view
+from msad.models.neck import LEVELS
+from msad.models.transform import CAFFE
 
 FOLDER = Path(__file__).parent / "golden" / "cases"
 STUDENTS = ("student_w0.25", "student_w0.50_dense", "student_w1.00")
@@ -58,7 +61,7 @@ class Case:
 
     @cached_property
     def computed(self) -> dict[str, Tensor]:
-        "What the networks make of image 0 alone, under the recorded names."
+        "The tensors of image 0 alone, under the recorded names."
         inputs = {"high": self.batch, "low": low_view(self.batch)}
         tensors = {f"{view}_input": pixels for view, pixels in inputs.items()}
         with torch.no_grad():
@@ -69,7 +72,7 @@ class Case:
             for level, fused, scores in zip(HIGH_LEVELS, views.fused, views.scores, strict=True):
                 tensors |= {f"fused/p{level}": fused, f"fusion_score/p{level}": scores}
             if self.role == "teacher": outputs = self.model.head(views.fused)
-            else: outputs = self.model.student.head(self.model.student.pyramid(inputs["low"]))
+            else: outputs = self.model.student.head(self.model.student.features(inputs["low"]))
         for kind, levels in zip(("cls", "box", "ctr"), outputs, strict=True):
             tensors |= {f"head/{kind}/{i}": x for i, x in enumerate(levels)}
         return tensors
@@ -104,7 +107,7 @@ def load(name: str) -> Case:
         file = Path(folder) / "model_final.pth"
         torch.save({"model": state}, file)
         del state
-        model = load_original(file)
+        model = load_model(file, with_teacher=meta["role"] == "student")
     return Case(
         name=name,
         role=meta["role"],
@@ -148,7 +151,7 @@ def check_tensor(case: Case, name: str) -> None:
 
 
 def our_name(name: str) -> str:
-    "What we call the published parameter `name`."
+    "Our name of the published parameter `name`."
     network, rest = name.split(".", 1)
     if network == "SE": return rest.replace("fc.", "fusion.score.")
     if network.endswith("_fcos_head"): return "head." + rest.replace("ctrness", "centerness").removesuffix(".scale")
@@ -277,13 +280,13 @@ def test_float_images_give_what_uint8_images_give(case):
     assert_same_detections(found, case.detections[0])
 
 
-def test_fast_form_agrees_closely(case, monkeypatch):
-    monkeypatch.setattr("msad.fast.MIN_CELLS", 1)  # these maps are small, and it is Winograd's algorithm that is asked
+def test_winograd_form_agrees_closely(case, monkeypatch):
+    monkeypatch.setattr("msad.deploy.winograd.MIN_CELLS", 1)  # these maps are small
     plain = case.teacher if case.role == "teacher" else case.model.student
-    fast = fast_form(plain)
-    assert any(isinstance(module, WinogradConv) for module in fast.modules())
+    winograd = winograd_form(plain)
+    assert any(isinstance(module, WinogradConv) for module in winograd.modules())
     for image, high in zip(case.images, case.detections, strict=True):
-        with torch.no_grad(): (found,) = fast([image])
+        with torch.no_grad(): (found,) = winograd([image])
         gaps = (found["boxes"][:, None] - high["boxes"]).abs().amax(2)
         gaps, nearest = gaps.masked_fill(found["labels"][:, None] != high["labels"], torch.inf).min(1)
         assert len(found["scores"]) == len(high["scores"]) and gaps.max() < 0.01

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_coco, write_teacher
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"iterations": 2, "batch_size": 2, "short_side": 64, "max_side": 96, "neck_channels": 64}
 SMALL = [word for name, value in SIZES.items() for word in ("-p", name, value)]
 
@@ -47,7 +49,7 @@ def test_from_teacher_to_analysis(place):
     done = papermill(
         "../nbs/train_student.ipynb", *common, *SMALL, "-p", "teacher", os.path.relpath(teacher, ROOT / "tests"),
         "-p", "out", student, cwd=ROOT / "tests",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert {"model_final.pth", "metrics.json", "detections.json", "log.jsonl"} <= {p.name for p in student.iterdir()}
 
@@ -61,11 +63,18 @@ def test_from_teacher_to_analysis(place):
     summary = (place / "analysis" / "summary.txt").read_text()
     pictures = [line.strip() for line in summary.splitlines() if line.endswith(".png")]
     assert all(Path(picture).is_file() for picture in pictures)
-    of_all = {"cost", "detections", "sizes", "classes", "precision_recall", "resolutions", "mistakes"}
+    of_all = {"cost", "detections", "sizes", "classes", "precision_recall", "resolutions", "errors"}
     of_teacher = {f"{kind}_teacher-w0.25" for kind in ("losses", "fusion", "fusion_sizes")}
     of_student = {f"{kind}_student-w0.25" for kind in ("losses", "distance")}
     assert {Path(picture).stem for picture in pictures} == of_all | of_teacher | of_student
     assert "teacher" in summary and "student" in summary
+
+
+def test_unknown_parameter_is_refused_with_the_nearest(place):
+    done = papermill("nbs/train_teacher.ipynb", "-p", "itertions", 500, "-p", "out", place / "never")
+    assert done.returncode != 0
+    assert "'itertions' is no parameter: did you mean iterations?" in done.stderr
+    assert not (place / "never").exists()
 
 
 def test_wrong_input_ends_with_its_sentence(place):

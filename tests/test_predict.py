@@ -1,24 +1,31 @@
-"Pictures of every kind through detectors of every kind, as files and from memory, good and bad."
+"Pictures of every kind through detectors of every kind, as files and from memory, readable and damaged."
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from golden.golden import load_case
 from PIL import Image
 from test_notebooks import papermill, texts
 from torchvision import tv_tensors
 
-from msad.checkpoint import save_model
-from msad.coco_eval import evaluate
-from msad.data import EvalTransform, read_annotations, read_image
-from msad.detectors import CAFFE, ModelConfig, build_model
-from msad.fast import WinogradConv
-from msad.inference import scale_back
-from msad.predict import BATCH_SIZE, Prediction, Predictor, image_files, predict_files, results_text
+from msad.data.annotations import read_annotations
+from msad.data.images import read_image
+from msad.data.transforms import EvalTransform
+from msad.deploy.onnx import ExportSettings
+from msad.deploy.predict import PredictSettings, image_files, predict, results_text
+from msad.deploy.predictor import BATCH_SIZE, Prediction, Predictor
+from msad.deploy.winograd import WinogradConv
+from msad.engine.weights import save_model
+from msad.evaluation.coco_metrics import evaluate_coco
+from msad.evaluation.inference import scale_back
+from msad.models.detector import ModelConfig, build_model
+from msad.models.transform import CAFFE
 
 SIZES = {"short_side": 64, "max_side": 101, "neck_channels": 64, "head_convs": 1}
 
@@ -66,6 +73,11 @@ def album(tmp_path):
     (folder / "empty.png").write_bytes(b"")
     (folder / "notes.txt").write_text("not even called an image")
     return folder
+
+
+def settings(album, place, out, **changes):
+    "Settings of a prediction for `album` with the student of `place`."
+    return PredictSettings(**{"images": str(album), "model": str(place / "student.pth"), "out": str(out), **changes})
 
 
 def same(one, other, pixels=0.01, score=1e-4):
@@ -139,9 +151,9 @@ def test_published_files_come_with_their_classes_and_padding(tmp_path):
     weights = load_case(str(Path(__file__).parent / "golden" / "cases" / "student_w0.25"))[0]
     torch.save({"model": weights}, tmp_path / "model_final.pth")
     predictor = Predictor(tmp_path)
-    assert predictor.model.transform.pad == 256 and predictor.config.role == "student"
+    assert predictor.model.transform.pad == 256 and predictor.model.view == "low"
     found = predictor(noise(4, 200))
-    assert found.size == (4, 200) and set(found["names"]) <= set(predictor.config.class_names)
+    assert found.size == (4, 200) and set(found["names"]) <= set(predictor.model.config.class_names)
 
 
 # --- pictures of every kind
@@ -219,21 +231,22 @@ def test_none_many_and_nothing_found(place):
 
 
 def test_files_that_do_not_decode(album, student):
-    good = album / "a.jpg"
+    readable = album / "a.jpg"
     bad = [album / name for name in ("half.jpg", "text.JPG", "empty.png", "notes.txt", "nowhere.jpg", "..")]
     for path in bad:
-        with pytest.raises((ValueError, FileNotFoundError)) as error: student([good, path])
-        said = str(error.value)
-        assert str(path) in said and "leave it out" in said and "\n" not in said and "annotation" not in said
-    mixed = list(student.stream([*bad, good, *bad, good] * 2))
+        with pytest.raises((ValueError, FileNotFoundError)) as error: student([readable, path])
+        message = str(error.value)
+        assert str(path) in message and "leave it out" in message
+        assert "\n" not in message and "annotation" not in message
+    mixed = list(student.stream([*bad, readable, *bad, readable] * 2))
     assert [isinstance(found, Prediction) for found in mixed] == ([False] * 6 + [True] + [False] * 6 + [True]) * 2
-    same(mixed[6], student(good))
+    same(mixed[6], student(readable))
     half = Image.open(album / "half.jpg")
     with pytest.raises(ValueError, match=r"half\.jpg does not decode.*truncated"): student(half)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (None, "NoneType is no picture"),
         (7, "int is no picture"),
@@ -250,13 +263,13 @@ def test_files_that_do_not_decode(album, student):
         (Image.new("F", (4, 4)), "mode F does not decode"),
     ],
 )
-def test_what_is_no_picture(student, wrong, said):
+def test_what_is_no_picture(student, wrong, message):
     with pytest.raises(ValueError) as error: student(wrong)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"precision": "int8"}, 'precision is .int8.: choose "fp32", "bf16" or "fp16"'),
         ({"device": "gpu"}, 'device is .gpu.: choose "cpu" or "cuda"'),
@@ -264,8 +277,8 @@ def test_what_is_no_picture(student, wrong, said):
         ({"pad": 50}, "pad is 50: choose a multiple of 64"),
     ],
 )
-def test_wrong_settings(place, student, wrong, said):
-    with pytest.raises(ValueError, match=said): Predictor(place / "student.pth", **wrong)
+def test_wrong_settings(place, student, wrong, message):
+    with pytest.raises(ValueError, match=message): Predictor(place / "student.pth", **wrong)
 
 
 # --- files of results
@@ -273,7 +286,7 @@ def test_wrong_settings(place, student, wrong, said):
 
 def test_a_folder(album, place, student, capsys):
     out = album.parent / "out"
-    assert predict_files(album, place / "student.pth", out, 0.2) == out
+    assert predict(settings(album, place, out, score_threshold=0.2)) == out
     results = json.loads((out / "results.json").read_text())
     assert [image["file_name"] for image in results["images"]] == ["a.jpg", "a.png", "b.jpg"]
     assert {skipped["file_name"] for skipped in results["skipped"]} == {"half.jpg", "text.JPG", "empty.png"}
@@ -287,7 +300,7 @@ def test_a_folder(album, place, student, capsys):
     assert [annotation["score"] for annotation in of_a] == pytest.approx(found["scores"].tolist(), abs=1e-4)
     assert {annotation["category_id"] for annotation in of_a} <= {7, 90} and min(found["scores"]) >= 0.2
     # It is a COCO data set, and its annotations are COCO results.
-    assert evaluate(read_annotations(out / "results.json"), results["annotations"])["AP50"] > 99
+    assert evaluate_coco(read_annotations(out / "results.json"), results["annotations"])["AP50"] > 99
 
     text = results_text(out)
     assert "3 photographs" in text and " × oak" in text and "half.jpg does not decode" in text
@@ -295,27 +308,30 @@ def test_a_folder(album, place, student, capsys):
 
 
 def test_nothing_is_overwritten(album, place, tmp_path, capsys):
-    out, run = tmp_path / "out", (album, place / "student.pth", tmp_path / "out")
-    predict_files(*run)
+    out, run = tmp_path / "out", settings(album, place, tmp_path / "out")
+    predict(run)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    predict_files(*run)
+    predict(run)
     assert "finished already" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"out holds something else \(score_threshold: 0.45 there, 0.3 now\)"):
-        predict_files(*run, 0.3)
+        predict(settings(album, place, out, score_threshold=0.3))
+    with pytest.raises(ValueError, match=r"out holds something else \(model.nms_thresh: 0.6 there, 0.3 now\)"):
+        predict(settings(album, place, out, nms_thresh=0.3))
     shutil.copy(album / "a.jpg", album / "c.jpg")
-    with pytest.raises(ValueError, match=r"out holds something else \(images: 6 in .* there, 7 in"): predict_files(*run)
+    with pytest.raises(ValueError, match=r"out holds something else \(images: 6 in .* there, 7 in"): predict(run)
     (album / "c.jpg").unlink()
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
     (out / "results.json").unlink()  # as if it had been interrupted
-    predict_files(*run)
+    predict(run)
     assert (out / "results.json").is_file()
 
     used = tmp_path / "used"
     used.mkdir()
     (used / "diary.txt").write_text("mine")
     for wrong in (used, used / "diary.txt"):
-        with pytest.raises(ValueError, match="holds no predictions; give another out"): predict_files(*run[:2], wrong)
+        with pytest.raises(ValueError, match="holds no predictions; give another out"):
+            predict(settings(album, place, wrong))
     assert (used / "diary.txt").read_text() == "mine"
 
 
@@ -325,7 +341,7 @@ def test_patterns_keep_their_folders(album, place, tmp_path):
         shutil.copy(album / "a.jpg", tmp_path / "tree" / name / "same.jpg")
     files, root = image_files(tmp_path / "tree" / "**" / "*.jpg")
     assert root == tmp_path / "tree" and files == [root / "x/same.jpg", root / "y/z/same.jpg"]
-    out = predict_files(str(tmp_path / "tree" / "**" / "*.jpg"), place / "student.pth", tmp_path / "out")
+    out = predict(settings(tmp_path / "tree" / "**" / "*.jpg", place, tmp_path / "out"))
     assert (out / "pictures/x/same.jpg.jpg").is_file() and (out / "pictures/y/z/same.jpg.jpg").is_file()
     odd = tmp_path / "[1].jpg"
     shutil.copy(album / "a.jpg", odd)
@@ -336,28 +352,51 @@ def test_patterns_keep_their_folders(album, place, tmp_path):
 
 def test_a_folder_without_one_good_file(album, place, tmp_path):
     for name in ("a.jpg", "a.png", "b.jpg"): (album / name).unlink()
-    out = predict_files(album, place / "student.pth", tmp_path / "out")
+    out = predict(settings(album, place, tmp_path / "out"))
     assert json.loads((out / "results.json").read_text())["images"] == []
     assert results_text(out).startswith("0 photographs: nothing found\nskipped, since they cannot be read: 3\n")
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"score_threshold": 2}, "score_threshold is 2: choose a number from 0 to 1"),
-        ({"score_threshold": "high"}, "score_threshold is 'high'"),
+        ({"score_threshold": "high"}, "score_threshold is 'high': choose a number"),
         ({"score_threshold": float("nan")}, "score_threshold is nan"),
-        ({"images": 5}, "images is 5: write a path"),
-        ({"model": ""}, "model is '': write a path"),
+        ({"images": 5}, "images is 5: write a text, such as a path"),
+        ({"model": ""}, "model is '': write a text, such as a path"),
+        ({"nms_thresh": 2.0}, "nms_thresh is 2.0: choose a number from 0 to 1"),
+        ({"detections_per_img": 0}, "detections_per_img is 0: choose a whole number from 1 on"),
+        ({"reduced_decoding": 1}, "reduced_decoding is 1: write True or False"),
         ({"model": "nowhere.pth"}, "model: there is no file"),
     ],
 )
-def test_wrong_parameters(album, tmp_path, place, wrong, said):
-    run = {"images": album, "model": place / "student.pth", "out": tmp_path / "out", **wrong}
-    with pytest.raises((ValueError, FileNotFoundError), match=said): predict_files(**run)
+def test_wrong_parameters(album, tmp_path, place, wrong, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        predict(settings(album, place, tmp_path / "out", **wrong))
     assert not (tmp_path / "out").exists()
 
 
+def test_an_image_keeps_no_more_detections_than_asked(album, place, tmp_path):
+    counts = []
+    for number, thresholds in enumerate(({}, {"detections_per_img": 5, "topk_candidates": 40})):
+        out = predict(settings(album, place, tmp_path / str(number), score_threshold=0, **thresholds))
+        results = json.loads((out / "results.json").read_text())
+        counts += [sum(found["image_id"] == image for found in results["annotations"]) for image in (1, 2, 3)]
+    assert min(counts) > 0 and min(counts[:3]) > 5 >= max(counts[3:])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("predict", PredictSettings), ("export", ExportSettings)])
+def test_a_notebook_has_the_parameters_of_its_settings(name, kind):
+    notebook = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text())
+    (cell,) = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
+    namespace = {}
+    exec("".join(cell["source"]), {}, namespace)
+    assert namespace == {field.name: field.default for field in fields(kind)}
+    assert list(namespace) == [field.name for field in fields(kind)]
+
+
+@pytest.mark.slow
 def test_the_notebook(album, place, tmp_path):
     out = tmp_path / "out"
     parameters = {"images": album, "model": place / "student.pth", "out": out, "score_threshold": 0.2}

@@ -16,12 +16,14 @@ from conftest import ROOT, write_coco
 from jupyter_client.manager import KernelManager
 from kill_many import kill_many
 
-from msad.checkpoint import load_model, save_model
-from msad.evaluation import EvaluateSettings, evaluate_run
-from msad.log import read_log
-from msad.resume import checkpoints
-from msad.runs import TrainSettings, settings_dict
-from msad.train import prepare, run
+from msad.engine.checkpoint import list_checkpoints
+from msad.engine.hooks import read_log
+from msad.engine.weights import load_model, save_model
+from msad.runs.evaluate import EvaluateSettings, evaluate
+from msad.runs.settings import TrainSettings, settings_dict
+from msad.runs.train import train
+
+pytestmark = pytest.mark.slow
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
 SIZES = dict(neck_channels=64, short_side=128, max_side=213, workers=0)
@@ -46,7 +48,7 @@ def place(tmp_path_factory):
     # Past the steep beginning: there, with BatchNorm fixed, each step makes a difference in rounding a hundred times
     # larger, and ten steps tell nothing.
     recipe = dict(iterations=60, batch_size=4, lr=1e-3)
-    run(prepare(TrainSettings("teacher", data=str(root / "data"), out=str(root / "teacher"), **SIZES, **recipe)))
+    train(TrainSettings(role="teacher", data=str(root / "data"), out=str(root / "teacher"), **SIZES, **recipe))
     return root
 
 
@@ -55,7 +57,7 @@ def settings_of(place, out, role="teacher", **changes):
     values = dict(weights=str(place / "teacher"), iterations=10, batch_size=6, lr=5e-6, batch_norm="fixed")
     if role == "student": values = {**values, "weights": None, "teacher": str(place / "teacher")}
     places = dict(data=str(place / "data"), out=str(out))
-    return TrainSettings(role, **{**SIZES, **places, **values, "devices": "cpu", **changes})
+    return TrainSettings(role=role, **{**SIZES, **places, **values, "devices": "cpu", **changes})
 
 
 def weights(folder):
@@ -76,9 +78,9 @@ def assert_same(folder, other):
 
 
 def start(settings, file, *launcher):
-    "Start `python -m msad.train` (or a launcher's equivalent) with settings from a file."
+    "Start `python -m msad.runs.train` (or a launcher's equivalent) with settings from a file."
     file.write_text(json.dumps(settings_dict(settings)))
-    command = [sys.executable, *(launcher or ("-m",)), "msad.train", str(file)]
+    command = [sys.executable, *(launcher or ("-m",)), "msad.runs.train", str(file)]
     return subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -97,10 +99,10 @@ def processes_about(text):
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            said = (path / "cmdline").read_bytes() + (path / "environ").read_bytes()
+            output = (path / "cmdline").read_bytes() + (path / "environ").read_bytes()
         except OSError:
             continue
-        if str(text).encode() in said and int(path.name) != os.getpid(): found.append(int(path.name))
+        if str(text).encode() in output and int(path.name) != os.getpid(): found.append(int(path.name))
     return found
 
 
@@ -118,14 +120,15 @@ def assert_gone(text, seconds=40):
 def workers_of(file):
     "Process ids of the processes that train, by number."
     found = {}
-    for pid in processes_about("msad.train"):
+    for pid in processes_about("msad.runs.train"):
         try:
             environment = (Path("/proc") / str(pid) / "environ").read_bytes().decode().split("\0")
             line = command_lines_of([pid])[pid]
         except OSError:
             continue
         values = dict(item.partition("=")[::2] for item in environment)
-        if "RANK" in values and "msad.launch" not in line and str(file) in line: found[int(values["RANK"])] = pid
+        if "RANK" not in values or "msad.engine.launcher" in line or str(file) not in line: continue
+        found[int(values["RANK"])] = pid
     return found
 
 
@@ -157,7 +160,7 @@ def test_any_number_of_processes_learns_the_same(place, tmp_path, role):
 
 def test_run_of_several_processes_is_that_of_one(place, tmp_path):
     alone, shared = (
-        run(prepare(settings_of(place, tmp_path / str(devices), devices=devices))) for devices in ("cpu", 3)
+        train(settings_of(place, tmp_path / str(devices), devices=devices)) for devices in ("cpu", 3)
     )
     assert largest_difference(weights(alone), weights(shared)) < 1e-5
     losses = [[row["loss"] for row in read_log(folder)] for folder in (alone, shared)]
@@ -171,33 +174,33 @@ def test_any_number_of_processes_evaluates_the_same(place, tmp_path):
     common = dict(model=str(tmp_path / "model.pth"), data=str(place / "data"), workers=0)
     found = {}
     for devices in ("cpu", 2, 3):
-        folder = evaluate_run(EvaluateSettings(**common, out=str(tmp_path / str(devices)), devices=devices))
+        folder = evaluate(EvaluateSettings(**common, out=str(tmp_path / str(devices)), devices=devices))
         found[devices] = [json.loads((folder / f"{name}.json").read_text()) for name in ("detections", "metrics")]
     detections, metrics = found["cpu"]
     assert len({d["image_id"] for d in detections}) == 5
     for devices in (2, 3):
-        theirs, figures = found[devices]
+        theirs, their_metrics = found[devices]
         assert [(d["image_id"], d["category_id"]) for d in theirs] == [
             (d["image_id"], d["category_id"]) for d in detections
         ]
         for a, b in zip(theirs, detections, strict=True):
             assert [a["score"], *a["bbox"]] == pytest.approx([b["score"], *b["bbox"]], rel=1e-6, abs=1e-6)
-        assert figures["AP"] == pytest.approx(metrics["AP"], abs=1e-6)
-        assert figures["images"] == 5
+        assert their_metrics["AP"] == pytest.approx(metrics["AP"], abs=1e-6)
+        assert their_metrics["images"] == 5
 
 
 def test_two_machines(place, tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    alone = run(prepare(settings_of(place, tmp_path / "alone", iterations=4)))
+    alone = train(settings_of(place, tmp_path / "alone", iterations=4))
     settings = settings_of(
         place, tmp_path / "run", iterations=4, devices=1, nnodes=2, rdzv_endpoint=f"localhost:{port}"
     )
     machines = [start(replace(settings, node_rank=i), tmp_path / f"machine-{i}.json") for i in range(2)]
-    said = [machine.communicate(timeout=200)[0] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], said
-    assert all("2 processes (cpu) on 2 machines" in text and "training: 100%" in text for text in said)
+    output = [machine.communicate(timeout=200)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], output
+    assert all("2 processes (cpu) on 2 machines" in text and "training: 100%" in text for text in output)
     assert largest_difference(weights(alone), weights(tmp_path / "run")) < 1e-5
 
 
@@ -216,16 +219,16 @@ def test_killed_worker_is_replaced(place, tmp_path):
     launched = next(pid for pid in workers_of("msad-launch").values())
     file = next(word for word in command_lines_of([launched])[launched].split() if word.endswith("settings.json"))
     os.kill(workers_of(file)[1], signal.SIGKILL)
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
-    assert_same(tmp_path / "run", run(prepare(replace(settings, out=str(tmp_path / "undisturbed")))))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert_same(tmp_path / "run", train(replace(settings, out=str(tmp_path / "undisturbed"))))
 
 
 @pytest.mark.parametrize("launcher, devices, everybody, status", [
     ((), "cpu", False, 143),
     ((), 2, True, 143),
     (("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"), "cpu", False, 1),
-])  # fmt: skip
+])
 def test_preempted(place, tmp_path, launcher, devices, everybody, status):
     settings = settings_of(place, tmp_path / "run", iterations=16, devices=devices, checkpoint_every=1000)
     process = start(settings, tmp_path / "run.json", *launcher)
@@ -234,20 +237,20 @@ def test_preempted(place, tmp_path, launcher, devices, everybody, status):
     # Some schedulers signal the process that they started, and some every process there is.
     for pid in [process.pid, *workers_of("settings.json").values()] if everybody else [process.pid]:
         os.kill(pid, signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == status, said
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == status, output
     assert time.monotonic() - began < 20
     assert_gone(tmp_path / "run.json")
-    saved = int(checkpoints(tmp_path / "run")[0].stem)
+    saved = int(list_checkpoints(tmp_path / "run")[0].stem)
     assert saved == len(read_log(tmp_path / "run")) < 16
     done = start(settings, tmp_path / "run.json", *launcher)
-    said, _ = done.communicate(timeout=200)
-    assert done.returncode == 0, said
+    output, _ = done.communicate(timeout=200)
+    assert done.returncode == 0, output
     assert [row["iteration"] for row in read_log(tmp_path / "run")] == list(range(1, 17))
     if launcher:  # once more, and it finds itself finished
         again = start(settings, tmp_path / "run.json", *launcher)
-        said, _ = again.communicate(timeout=200)
-        assert again.returncode == 0 and "finished, is shown" in said, said
+        output, _ = again.communicate(timeout=200)
+        assert again.returncode == 0 and "finished, is shown" in output, output
 
 
 def test_full_disk(place, tmp_path):
@@ -256,19 +259,19 @@ def test_full_disk(place, tmp_path):
     wait_for_iteration(first, tmp_path / "run", 3)
     first.terminate()
     first.communicate()
-    before = {path: path.read_bytes() for path in checkpoints(tmp_path / "run")}
+    before = {path: path.read_bytes() for path in list_checkpoints(tmp_path / "run")}
     # A limit on the size of files stands in for a full disk: the system refuses to write on, all the same.
     limited = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); "
-        "from msad.train import main; main()"
+        "from msad.runs.train import main; main()"
     )
     command = [sys.executable, "-c", limited, str(tmp_path / "run.json")]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "cannot write" in done.stderr and "make room, what was there is untouched" in done.stderr
-    assert {path: path.read_bytes() for path in checkpoints(tmp_path / "run")} == before
-    run(prepare(settings))
-    assert_same(tmp_path / "run", run(prepare(replace(settings, out=str(tmp_path / "undisturbed")))))
+    assert {path: path.read_bytes() for path in list_checkpoints(tmp_path / "run")} == before
+    train(settings)
+    assert_same(tmp_path / "run", train(replace(settings, out=str(tmp_path / "undisturbed"))))
 
 
 def test_error_of_a_worker_reaches_the_notebook(place, tmp_path, capfd):
@@ -279,7 +282,7 @@ def test_error_of_a_worker_reaches_the_notebook(place, tmp_path, capfd):
     settings = settings_of(place, tmp_path / "run", data=str(tmp_path / "data"), devices=2, batch_size=2)
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"^process [01]: ValueError: \S+5\.jpg does not decode"):
-        run(prepare(settings))
+        train(settings)
     assert time.monotonic() - began < 60
     assert "Traceback (most recent call last)" in capfd.readouterr().err
     assert_gone("msad-launch")
@@ -289,9 +292,9 @@ def test_error_of_a_worker_reaches_the_notebook(place, tmp_path, capfd):
 
 
 CELL = """
-from msad.runs import TrainSettings
-from msad.train import prepare, run
-run(prepare(TrainSettings(**{settings})))
+from msad.runs.settings import TrainSettings
+from msad.runs.train import train
+train(TrainSettings(**{settings}))
 """
 
 
@@ -327,18 +330,18 @@ def test_stop_button_saves_and_leaves_nobody(place, tmp_path, kernel, devices):
     assert reply["parent_header"]["msg_id"] == message
     assert (reply["content"]["status"], reply["content"]["ename"]) == ("error", "KeyboardInterrupt")
     assert_gone("msad-launch", seconds=5)
-    assert int(checkpoints(settings.folder)[0].stem) == len(read_log(settings.folder)) >= 2
+    assert int(list_checkpoints(settings.folder)[0].stem) == len(read_log(settings.folder)) >= 2
 
 
 def test_output_of_the_workers_appears_while_they_work(place, tmp_path, kernel):
     settings = settings_of(place, tmp_path / "run", iterations=60, devices=2)
     begun_in(kernel, settings)
-    said, deadline = "", time.monotonic() + 30
-    while "loss=" not in said:
-        assert time.monotonic() < deadline, said
+    output, deadline = "", time.monotonic() + 30
+    while "loss=" not in output:
+        assert time.monotonic() < deadline, output
         content = kernel[1].get_iopub_msg(timeout=30)["content"]
-        said += content.get("text", "")
-    assert "iterations to go" in said and not (settings.folder / "metrics.json").exists()
+        output += content.get("text", "")
+    assert "iterations to go" in output and not (settings.folder / "metrics.json").exists()
 
 
 def test_no_process_outlives_its_kernel(place, tmp_path, kernel):
@@ -346,7 +349,7 @@ def test_no_process_outlives_its_kernel(place, tmp_path, kernel):
     begun_in(kernel, settings)
     os.kill(kernel[0].provisioner.pid, signal.SIGKILL)
     assert_gone("msad-launch")
-    assert int(checkpoints(settings.folder)[0].stem) == len(read_log(settings.folder)) < 60
+    assert int(list_checkpoints(settings.folder)[0].stem) == len(read_log(settings.folder)) < 60
 
 
 @pytest.mark.parametrize("devices", ["cpu", "2"])
@@ -356,16 +359,17 @@ def test_no_process_outlives_papermill(place, tmp_path, number, devices):
     values = dict(
         data=place / "data", weights=place / "teacher", out=out, iterations=60, batch_size=2, batch_norm="fixed",
         short_side=128, neck_channels=64, devices=devices, workers=1, checkpoint_every=1000,
-    )  # fmt: skip
+    )
     parameters = [str(word) for name, value in values.items() for word in ("-p", name, value)]
     command = [str(Path(sys.executable).with_name("papermill")), "nbs/train_teacher.ipynb", str(tmp_path / "run.ipynb")]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(
         [*command, *parameters], cwd=ROOT, env={**ENVIRONMENT, "PATH": path, mark: "1"}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    )
     wait_for_iteration(process, out, 2)
     process.send_signal(number)
     process.wait(timeout=60)
     assert_gone(mark)
-    assert bool(checkpoints(out)) == (devices == "2")  # the kernel goes at once, the processes it started save first
+    # The kernel ends at once, the processes that it started save first.
+    assert bool(list_checkpoints(out)) == (devices == "2")

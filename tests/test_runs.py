@@ -9,30 +9,34 @@ import torch
 from conftest import write_coco, write_teacher
 from PIL import Image
 
-import msad.evaluation
-import msad.train
-from msad.checkpoint import load_model, read_checkpoint, save_model
-from msad.data import read_image_and_size
-from msad.detectors import CAFFE, ModelConfig, build_model
-from msad.evaluation import EvaluateSettings, evaluate_run
-from msad.log import read_log
-from msad.resume import checkpoints
-from msad.runs import TrainSettings, default_folder, final_file, finished_runs, write_json
-from msad.train import initial_model, prepare, run
+from msad.data.files import write_json
+from msad.data.images import read_image_and_size
+from msad.engine.checkpoint import list_checkpoints
+from msad.engine.hooks import read_log
+from msad.engine.weights import load_model, read_weights, save_model
+from msad.models.detector import ModelConfig, build_model
+from msad.models.transform import CAFFE
+from msad.runs import evaluate as evaluate_program
+from msad.runs import train as train_program
+from msad.runs.evaluate import EvaluateSettings, evaluate
+from msad.runs.folders import default_folder, finished_runs, weights_file
+from msad.runs.plan import prepare
+from msad.runs.settings import TrainSettings
+from msad.runs.train import initial_model, train
 
 SIZES = dict(neck_channels=64, iterations=3, batch_size=2, short_side=128, max_side=213)
 SMALL = dict(**SIZES, workers=0, devices="cpu", checkpoint_every=2)
 
 
 def teacher_settings(coco, out, **changes):
-    return TrainSettings("teacher", data=str(coco), out=str(out), **{**SMALL, **changes})
+    return TrainSettings(role="teacher", data=str(coco), out=str(out), **{**SMALL, **changes})
 
 
 def student_settings(root, out, **changes):
     "Settings of a student that finds something from the start."
     weights = write_teacher(root / "weights.pth")
     places = dict(data=str(root / "data"), teacher=str(root / "teacher-w0.25"), out=str(out), weights=str(weights))
-    return TrainSettings("student", **{**places, **SMALL, **changes})
+    return TrainSettings(role="student", **{**places, **SMALL, **changes})
 
 
 def same_weights(ours, theirs):
@@ -46,11 +50,12 @@ def finished(tmp_path_factory):
     "A data set with a finished teacher and a finished student, which finds something."
     root = tmp_path_factory.mktemp("finished")
     for split in ("train2017", "val2017"): write_coco(root / "data", split)
-    run(prepare(teacher_settings(root / "data", root / "teacher-w0.25")))
-    run(prepare(student_settings(root, root / "student-w0.25")))
+    train(teacher_settings(root / "data", root / "teacher-w0.25"))
+    train(student_settings(root, root / "student-w0.25"))
     return root
 
 
+@pytest.mark.slow
 def test_run_folder_holds_everything(finished):
     for role in ("teacher", "student"):
         folder = finished / f"{role}-w0.25"
@@ -66,16 +71,18 @@ def test_run_folder_holds_everything(finished):
     assert "loss_kd" in read_log(finished / "student-w0.25")[0]
 
 
+@pytest.mark.slow
 def test_student_without_distillation(finished, tmp_path, capsys):
-    run(prepare(student_settings(finished, tmp_path / "low", alpha=0)))
+    train(student_settings(finished, tmp_path / "low", alpha=0))
     assert ", and learns without it" in capsys.readouterr().out
-    _, said = initial_model(prepare(student_settings(finished, tmp_path / "plain", alpha=0, weights=None)))
-    assert said == "The student starts from its teacher, and learns without it"
-    taught, alone = read_log(finished / "student-w0.25"), read_log(tmp_path / "low")
-    assert "loss_kd" not in alone[0] and alone[0]["loss_fcos_cls_st"] == pytest.approx(taught[0]["loss_fcos_cls_st"])
+    _, text = initial_model(prepare(student_settings(finished, tmp_path / "plain", alpha=0, weights=None)))
+    assert text == "The student starts from its teacher, and learns without it"
+    distilled, alone = read_log(finished / "student-w0.25"), read_log(tmp_path / "low")
+    assert "loss_kd" not in alone[0] and alone[0]["loss_fcos_cls_st"] == pytest.approx(distilled[0]["loss_fcos_cls_st"])
     assert load_model(tmp_path / "low").config == load_model(finished / "student-w0.25").config
 
 
+@pytest.mark.slow
 def test_model_rebuilds_from_its_file_alone(finished):
     config = load_model(finished / "student-w0.25").config
     assert (config.role, config.width, config.neck_channels) == ("student", 0.25, 64)
@@ -83,15 +90,17 @@ def test_model_rebuilds_from_its_file_alone(finished):
     assert (config.short_side, config.max_side, config.pad) == (128, 213, 64)
 
 
+@pytest.mark.slow
 def test_finished_run_is_shown_and_not_repeated(finished):
     settings = teacher_settings(finished / "data", finished / "teacher-w0.25", workers=1, checkpoint_every=7)
     before = {p: p.stat().st_mtime_ns for p in (finished / "teacher-w0.25").rglob("*")}
     plan = prepare(settings)
-    assert plan.state == "finished" and run(plan) == finished / "teacher-w0.25"
+    assert plan.state == "finished" and train(settings) == finished / "teacher-w0.25"
     assert before == {p: p.stat().st_mtime_ns for p in (finished / "teacher-w0.25").rglob("*")}
 
 
-@pytest.mark.parametrize("change, said", [
+@pytest.mark.slow
+@pytest.mark.parametrize("change, message", [
     (dict(seed=5), "seed: 0 there, 5 now"),
     (dict(iterations=2), "recipe.iterations: 3 there, 2 now"),
     (dict(width=0.5), "width: 0.25 there, 0.5 now"),
@@ -100,14 +109,15 @@ def test_finished_run_is_shown_and_not_repeated(finished):
     (dict(short_side=64, max_side=64), "model.short_side: 128 there, 64 now"),
     (dict(reduced_decoding=True), "reduced_decoding: False there, True now"),
     (dict(resume=False), "resume is false"),
-])  # fmt: skip
-def test_folder_of_another_run_is_refused_and_untouched(finished, change, said):
+])
+def test_folder_of_another_run_is_refused_and_untouched(finished, change, message):
     before = {p: p.read_bytes() for p in (finished / "teacher-w0.25").rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         prepare(teacher_settings(finished / "data", finished / "teacher-w0.25", **change))
     assert before == {p: p.read_bytes() for p in (finished / "teacher-w0.25").rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_folder_of_an_earlier_version_is_known(finished, tmp_path):
     shutil.copytree(finished / "teacher-w0.25", tmp_path / "teacher-w0.25")
     path = tmp_path / "teacher-w0.25" / "settings.json"
@@ -120,11 +130,12 @@ def test_folder_of_an_earlier_version_is_known(finished, tmp_path):
         prepare(replace(settings, reduced_decoding=True))
 
 
+@pytest.mark.slow
 def test_weights_and_teacher_may_be_moved(finished, tmp_path):
     settings = student_settings(finished, finished / "student-w0.25")
     for name in ("weights", "teacher"):
         moved = tmp_path / f"{name}.pth"
-        shutil.copy(final_file(getattr(settings, name)), moved)
+        shutil.copy(weights_file(getattr(settings, name)), moved)
         assert prepare(replace(settings, **{name: str(moved)})).state == "finished"
         other = load_model(moved)
         torch.nn.init.zeros_(other.head.cls_logits.bias)
@@ -138,13 +149,14 @@ def test_missing_teacher_is_not_taken_for_another(tmp_path, monkeypatch):
     for split in ("train2017", "val2017"): write_coco(repository / "data" / "trees", split)
     monkeypatch.chdir(repository)
     teacher = write_teacher(tmp_path / "teacher.pth", head_convs=2)
-    settings = TrainSettings("student", teacher=str(teacher), **SMALL)
+    settings = TrainSettings(role="student", teacher=str(teacher), **SMALL)
     write_json(settings.folder / "settings.json", prepare(settings).description)
     assert prepare(settings).state == "unfinished"
     with pytest.raises(ValueError, match="teacher.file: .* there, runs/trees/teacher-w0.25/.* now"):
         prepare(replace(settings, teacher=None))
 
 
+@pytest.mark.slow
 def test_reduced_decoding(tmp_path, monkeypatch):
     for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split, size=(640, 512))
     asked = []
@@ -153,11 +165,10 @@ def test_reduced_decoding(tmp_path, monkeypatch):
         asked.append(at_least)
         return read_image_and_size(*arguments, at_least=at_least)
 
-    monkeypatch.setattr("msad.data.read_image_and_size", read)
+    monkeypatch.setattr("msad.data.images.read_image_and_size", read)
     settings = teacher_settings(tmp_path / "data", tmp_path / "run", iterations=1, reduced_decoding=True)
-    plan = prepare(settings)
-    assert "JPEGs are decoded no larger than needed" in str(plan)
-    run(plan)
+    assert "JPEGs are decoded no larger than needed" in str(prepare(settings))
+    train(settings)
     assert set(asked[:-4]) == {(128, 213)} and asked[-4:] == [None] * 4  # the last are for the picture of detections
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["reduced_decoding"] is True
     assert prepare(settings).state == "finished"
@@ -168,55 +179,59 @@ def test_reduced_decoding(tmp_path, monkeypatch):
     common = dict(model=str(tmp_path / "student.pth"), data=str(tmp_path / "data"), workers=0, devices="cpu")
     whole = EvaluateSettings(**common, out=str(tmp_path / "whole"))
     reduced = EvaluateSettings(**common, out=str(tmp_path / "reduced"), reduced_decoding=True)
-    ones, others = (json.loads((evaluate_run(s) / "detections.json").read_text()) for s in (whole, reduced))
+    ones, others = (json.loads((evaluate(s) / "detections.json").read_text()) for s in (whole, reduced))
     assert ones != others
     for found in (ones, others): assert 560 < max(d["bbox"][0] + d["bbox"][2] for d in found) <= 640
     with pytest.raises(ValueError, match="reduced_decoding: True there, False now"):
-        evaluate_run(replace(whole, out=reduced.out))
+        evaluate(replace(whole, out=reduced.out))
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_log_and_another_seed_another(coco, tmp_path):
     logs = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run(prepare(teacher_settings(coco, tmp_path / name, seed=seed)))
+        train(teacher_settings(coco, tmp_path / name, seed=seed))
         logs[name] = [{k: v for k, v in row.items() if "seconds" not in k} for row in read_log(tmp_path / name)]
     assert logs["a"] == logs["b"] != logs["c"]
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(coco, tmp_path):
     for name, workers in (("here", 0), ("there", 2)):
-        run(prepare(teacher_settings(coco, tmp_path / name, workers=workers)))
+        train(teacher_settings(coco, tmp_path / name, workers=workers))
     here, there = (load_model(tmp_path / name).state_dict() for name in ("here", "there"))
     assert all(torch.equal(here[name], there[name]) for name in here)
 
 
+@pytest.mark.slow
 def test_image_of_another_size_than_stated_stops_the_run(coco, tmp_path):
     path = coco / "train2017" / "3.jpg"
     with Image.open(path) as image: image.resize((48, 32)).save(path)
     with pytest.raises(ValueError, match=r"3\.jpg has \[32, 48\] .* states \[64, 96\]: correct its 'height'"):
-        run(prepare(teacher_settings(coco, tmp_path / "run")))
+        train(teacher_settings(coco, tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_image_that_does_not_decode_stops_the_run_and_loses_nothing(coco, tmp_path, workers):
     good = (coco / "train2017" / "3.jpg").read_bytes()
     (coco / "train2017" / "3.jpg").write_bytes(good[: len(good) // 2])
     settings = teacher_settings(coco, tmp_path / "run", iterations=6, workers=workers)
-    with pytest.raises(ValueError, match=r"^\S+3\.jpg does not decode") as error: run(prepare(settings))
+    with pytest.raises(ValueError, match=r"^\S+3\.jpg does not decode") as error: train(settings)
     assert "\n" not in str(error.value)
     # The estimate looks at the first batches too, so the run may stop before its first iteration.
     done = len(read_log(tmp_path / "run"))
     assert done < 2
     (coco / "train2017" / "3.jpg").write_bytes(good)
-    run(prepare(settings))
-    run(prepare(replace(settings, out=str(tmp_path / "undisturbed"))))
+    train(settings)
+    train(replace(settings, out=str(tmp_path / "undisturbed")))
     resumed, undisturbed = (load_model(tmp_path / name).state_dict() for name in ("run", "undisturbed"))
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in resumed)
 
 
+@pytest.mark.slow
 def test_interrupt_within_a_step_leaves_the_last_checkpoint(coco, tmp_path, monkeypatch):
     settings = teacher_settings(coco, tmp_path / "run", iterations=5)
-    plan = prepare(settings)
     step = torch.optim.SGD.step
     counted = []
 
@@ -226,48 +241,51 @@ def test_interrupt_within_a_step_leaves_the_last_checkpoint(coco, tmp_path, monk
         return step(self, *arguments)
 
     monkeypatch.setattr(torch.optim.SGD, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt): run(plan)
+    with pytest.raises(KeyboardInterrupt): train(settings)
     monkeypatch.undo()
     assert len(read_log(tmp_path / "run")) == 3
-    run(prepare(settings))
-    run(prepare(replace(settings, out=str(tmp_path / "undisturbed"))))
+    train(settings)
+    train(replace(settings, out=str(tmp_path / "undisturbed")))
     resumed, undisturbed = (load_model(tmp_path / name).state_dict() for name in ("run", "undisturbed"))
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in resumed)
     assert [row["iteration"] for row in read_log(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(coco, tmp_path, capsys):
     settings = teacher_settings(coco, tmp_path / "run", iterations=6, keep_checkpoints=2)
-    run(prepare(settings))
+    train(settings)
     before = load_model(tmp_path / "run").state_dict()
-    newest, second = checkpoints(tmp_path / "run")
+    newest, second = list_checkpoints(tmp_path / "run")
     assert (newest.stem, second.stem) == ("00000006", "00000004")
     (tmp_path / "run" / "metrics.json").unlink()
     newest.write_bytes(newest.read_bytes()[:5000])
     capsys.readouterr()
-    run(prepare(settings))
+    train(settings)
     assert f"{newest} is damaged; going on from iteration 4" in capsys.readouterr().out
     after = load_model(tmp_path / "run").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     (tmp_path / "run" / "metrics.json").unlink()
-    for path in checkpoints(tmp_path / "run"): path.write_bytes(b"")
-    with pytest.raises(ValueError, match="out: all checkpoints in .*checkpoints are damaged"): run(prepare(settings))
+    for path in list_checkpoints(tmp_path / "run"): path.write_bytes(b"")
+    with pytest.raises(ValueError, match="out: all checkpoints in .*checkpoints are damaged"): train(settings)
 
 
+@pytest.mark.slow
 def test_finished_run_can_be_made_longer(coco, tmp_path):
     settings = teacher_settings(coco, tmp_path / "run", iterations=2)
-    run(prepare(settings))
+    train(settings)
     longer = replace(settings, iterations=4, checkpoint_every=1, workers=1)
     assert prepare(longer).state == "unfinished"
-    run(prepare(longer))
+    train(longer)
     assert [row["iteration"] for row in read_log(tmp_path / "run")] == [1, 2, 3, 4]
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["iterations"] == 4
     assert prepare(longer).state == "finished"
 
 
-def test_evaluation_on_the_way_keeps_the_best(coco, tmp_path):
-    run(prepare(teacher_settings(coco, tmp_path / "plain", iterations=4)))
-    folder = run(prepare(teacher_settings(coco, tmp_path / "run", iterations=4, eval_every=2)))
+@pytest.mark.slow
+def test_evaluations_keep_the_best(coco, tmp_path):
+    train(teacher_settings(coco, tmp_path / "plain", iterations=4))
+    folder = train(teacher_settings(coco, tmp_path / "run", iterations=4, eval_every=2))
     rows = read_log(folder, "evaluations.jsonl")
     assert [row["iteration"] for row in rows] == [2, 4] and "seconds_per_image" in rows[0]
     assert same_weights(folder, tmp_path / "plain")  # evaluating changes nothing
@@ -279,15 +297,16 @@ def test_evaluation_on_the_way_keeps_the_best(coco, tmp_path):
         longer = shutil.copytree(folder, tmp_path / str(earlier))
         text = "".join(json.dumps({**row, "AP": earlier}) + "\n" for row in rows)
         (longer / "evaluations.jsonl").write_text(text)
-        run(prepare(teacher_settings(coco, longer, iterations=6, eval_every=2)))
+        train(teacher_settings(coco, longer, iterations=6, eval_every=2))
         assert not same_weights(longer, folder) and same_weights(longer / "model_best.pth", best)
 
 
+@pytest.mark.slow
 def test_half_precision_trains_alike(finished, tmp_path):
     weights = str(finished / "teacher-w0.25")
     common = dict(weights=weights, iterations=6, batch_norm="fixed")
-    full = run(prepare(teacher_settings(finished / "data", tmp_path / "fp32", **common)))
-    half = run(prepare(teacher_settings(finished / "data", tmp_path / "bf16", **common, precision="bf16")))
+    full = train(teacher_settings(finished / "data", tmp_path / "fp32", **common))
+    half = train(teacher_settings(finished / "data", tmp_path / "bf16", **common, precision="bf16"))
     losses = [[row["loss"] for row in read_log(folder)] for folder in (full, half)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
@@ -306,7 +325,7 @@ def test_unusable_boxes_are_counted_aloud(coco, tmp_path):
 # Bad input: each is a sentence before any work, and nothing is written.
 
 
-@pytest.mark.parametrize("change, said", [
+@pytest.mark.parametrize("change, message", [
     (dict(width=0.3), "width is 0.3: choose one of 0.25, 0.5, 0.75, 1.0"),
     (dict(neck_channels=100), "neck_channels is 100"),
     (dict(iterations=0), "iterations is 0"),
@@ -332,30 +351,30 @@ def test_unusable_boxes_are_counted_aloud(coco, tmp_path):
     (dict(data="nowhere"), "data folder .*nowhere does not exist"),
     (dict(train_split="train2016"), "train2016"),
     (dict(weights="nowhere.pth"), "weights: there is no file .*nowhere.pth"),
-])  # fmt: skip
-def test_wrong_setting(coco, tmp_path, change, said):
+])
+def test_wrong_setting(coco, tmp_path, change, message):
     changed = {**SMALL, "data": str(coco), **change}
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
-        run(prepare(TrainSettings("teacher", out=str(tmp_path / "run"), **changed)))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(TrainSettings(role="teacher", out=str(tmp_path / "run"), **changed))
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("change, said", [
+@pytest.mark.parametrize("change, message", [
     (dict(role="pupil"), "role is 'pupil': choose one of teacher, student"),
     (dict(width=-1), "width is -1: choose one of 0.25, 0.5, 0.75, 1.0"),
     (dict(precision="fp8"), "precision is 'fp8': choose one of fp32, bf16, fp16"),
     (dict(batch_norm="frozen"), "batch_norm is 'frozen': choose one of trained, fixed"),
-])  # fmt: skip
-def test_wrong_choice_is_refused_before_any_file_is_read(change, said):
-    with pytest.raises(ValueError, match=said): TrainSettings(**{"role": "teacher", **change})
+])
+def test_wrong_choice_is_refused_before_any_file_is_read(change, message):
+    with pytest.raises(ValueError, match=message): TrainSettings(**{"role": "teacher", **change})
 
 
-@pytest.mark.parametrize("program", [msad.train, msad.evaluation])
+@pytest.mark.parametrize("program", [train_program, evaluate_program])
 def test_programs_refuse_with_a_sentence(program, tmp_path, monkeypatch):
     (tmp_path / "settings.json").write_text('{"widht": 0.5}')
-    for file, said in (("nowhere", "nowhere.json does not exist"), ("settings", "'widht' is no parameter")):
+    for file, message in (("nowhere", "nowhere.json does not exist"), ("settings", "'widht' is no parameter")):
         monkeypatch.setattr("sys.argv", ["program", str(tmp_path / f"{file}.json")])
-        with pytest.raises(SystemExit, match=said): program.main()
+        with pytest.raises(SystemExit, match=message): program.main()
 
 
 def test_splits_with_other_categories(coco, tmp_path):
@@ -364,11 +383,12 @@ def test_splits_with_other_categories(coco, tmp_path):
         prepare(teacher_settings(coco, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_out_is_a_file_or_holds_something_else(coco, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"): prepare(teacher_settings(coco, tmp_path / "file"))
     with pytest.raises(ValueError, match="out: .*file/run cannot be written .*; give another out"):
-        run(prepare(teacher_settings(coco, tmp_path / "file" / "run")))
+        train(teacher_settings(coco, tmp_path / "file" / "run"))
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "model_best.pth").write_text("")
     with pytest.raises(ValueError, match="holds model_best.pth but no settings.json"):
@@ -382,8 +402,8 @@ def test_out_is_a_file_or_holds_something_else(coco, tmp_path):
 
 
 def test_student_without_a_teacher(coco, tmp_path):
-    with pytest.raises(FileNotFoundError, match="papermill nbs/train_teacher.ipynb .*-p width 0.25"):
-        prepare(TrainSettings("student", data=str(coco), out=str(tmp_path / "run"), **SMALL))
+    with pytest.raises(FileNotFoundError, match="msad train --role teacher .*--width 0.25"):
+        prepare(TrainSettings(role="student", data=str(coco), out=str(tmp_path / "run"), **SMALL))
 
 
 def test_missing_teacher_on_the_bundled_photographs_is_trained_first(tmp_path, monkeypatch):
@@ -391,97 +411,107 @@ def test_missing_teacher_on_the_bundled_photographs_is_trained_first(tmp_path, m
     write_coco(repository / "data" / "trees", "train2017")
     write_coco(repository / "data" / "trees", "val2017")
     monkeypatch.chdir(repository)
-    plan = prepare(TrainSettings("student", **{**SMALL, "neck_channels": 96}))
+    plan = prepare(TrainSettings(role="student", **{**SMALL, "neck_channels": 96}))
     assert plan.teacher == default_folder("trees", "teacher", 0.25) / "model_final.pth"
     assert plan.teacher_plan.config.neck_channels == plan.config.neck_channels == 96
     assert "it is trained first" in str(plan) and not (repository / "runs").exists()
 
 
-@pytest.mark.parametrize("change, said", [
+@pytest.mark.slow
+@pytest.mark.parametrize("change, message", [
     (dict(width=0.5), "its width is 0.25 and the student's 0.5"),
     (dict(neck_channels=96), "its neck_channels is 64 and the student's 96"),
     (dict(teacher="student-w0.25"), "holds a student; give the file of a teacher"),
     (dict(teacher="nowhere"), "teacher: there is no file"),
-])  # fmt: skip
-def test_teacher_that_does_not_fit(finished, tmp_path, change, said):
+])
+def test_teacher_that_does_not_fit(finished, tmp_path, change, message):
     change = {**change, **({"teacher": str(finished / change["teacher"])} if "teacher" in change else {})}
     changed = {**SMALL, "data": str(finished / "data"), "teacher": str(finished / "teacher-w0.25"), **change}
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
-        prepare(TrainSettings("student", out=str(tmp_path / "run"), **changed))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare(TrainSettings(role="student", out=str(tmp_path / "run"), **changed))
 
 
+@pytest.mark.slow
 def test_default_teacher_of_other_data_with_the_same_name(finished, tmp_path, monkeypatch):
     (tmp_path / "data" / "trees" / "annotations").mkdir(parents=True)  # as a repository has it
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished / "teacher-w0.25", tmp_path / "runs" / "data" / "teacher-w0.25")
-    settings = TrainSettings("student", data=str(finished / "data"), **SMALL)
+    settings = TrainSettings(role="student", data=str(finished / "data"), **SMALL)
     assert prepare(settings).teacher == tmp_path / "runs" / "data" / "teacher-w0.25" / "model_final.pth"
     for split in ("train2017", "val2017"): write_coco(tmp_path / "other" / "data", split)
     with pytest.raises(ValueError, match="teacher: .*was trained on .*finished.*/data and not on .*other/data; give"):
         prepare(replace(settings, data=str(tmp_path / "other" / "data")))
 
 
+@pytest.mark.slow
 def test_weights_of_another_kind_than_the_teacher(finished, tmp_path):
     weights = write_teacher(tmp_path / "weights.pth", normalization=CAFFE)
     places = dict(data=str(finished / "data"), teacher=str(finished / "teacher-w0.25"), weights=str(weights))
     with pytest.raises(ValueError, match="weights: .*was trained with .*bgr=True.* give weights or a teacher of the"):
-        prepare(TrainSettings("student", out=str(tmp_path / "run"), **places, **SMALL))
+        prepare(TrainSettings(role="student", out=str(tmp_path / "run"), **places, **SMALL))
 
 
+@pytest.mark.slow
 def test_teacher_of_other_classes(finished, tmp_path):
     for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split, names=("pine", "elm"))
     with pytest.raises(ValueError, match="its class_names is pine, oak and the student's pine, elm"):
-        prepare(TrainSettings("student", data=str(tmp_path / "data"), teacher=str(finished / "teacher-w0.25"), **SMALL))
+        places = dict(data=str(tmp_path / "data"), teacher=str(finished / "teacher-w0.25"))
+        prepare(TrainSettings(role="student", **places, **SMALL))
 
 
-def test_fine_tuning_says_what_was_loaded(finished, tmp_path, capsys):
+@pytest.mark.slow
+def test_fine_tuning_prints_what_was_loaded(finished, tmp_path, capsys):
     for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split, ids=(1,), names=("elm",))
     settings = teacher_settings(tmp_path / "data", tmp_path / "run", weights=str(finished / "student-w0.25"))
-    run(prepare(settings))
-    said = capsys.readouterr().out
-    assert "started anew" in said and "head.cls_logits" in said and "fusion.score" in said
-    assert read_checkpoint(tmp_path / "run").config.class_names == ("elm",)
+    train(settings)
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("started anew", "head.cls_logits", "fusion.score"))
+    assert read_weights(tmp_path / "run").config.class_names == ("elm",)
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_file(finished, tmp_path):
     shutil.copy(finished / "student-w0.25" / "model_final.pth", tmp_path / "student.pth")
     places = dict(model=str(tmp_path / "student.pth"), data=str(finished / "data"), out=str(tmp_path / "run"))
     settings = EvaluateSettings(**places, workers=0, devices="cpu")
-    folder = evaluate_run(settings)
+    folder = evaluate(settings)
     theirs, ours = (json.loads((f / "metrics.json").read_text()) for f in (finished / "student-w0.25", folder))
     for metrics in (theirs, ours): metrics.pop("seconds_per_image")
     assert theirs == {**ours, "iterations": 3} and 0 < theirs["AR100"] < 100
-    larger = evaluate_run(replace(settings, short_side=192, out=str(tmp_path / "larger")))
+    larger = evaluate(replace(settings, short_side=192, out=str(tmp_path / "larger")))
     assert json.loads((larger / "settings.json").read_text())["model"]["max_side"] == round(213 * 192 / 128)
     with pytest.raises(ValueError, match="model.short_side: 128 there, 192 now"):
-        evaluate_run(replace(settings, short_side=192))
+        evaluate(replace(settings, short_side=192))
 
 
-def test_evaluation_of_the_default_student(tmp_path, monkeypatch):
+def test_evaluation_of_the_bundled_student(tmp_path, monkeypatch):
     repository = tmp_path / "repository"
     for split in ("train2017", "val2017"): write_coco(repository / "data" / "trees", split)
     monkeypatch.chdir(repository)
-    with pytest.raises(FileNotFoundError, match="papermill nbs/train_student.ipynb"): evaluate_run(EvaluateSettings())
+    with pytest.raises(FileNotFoundError, match="model: there is no file .*trees"): evaluate(EvaluateSettings())
     config = ModelConfig("student", 0.25, ("pine", "oak"), (7, 90), 64, 1, 128, 213)
-    save_model(default_folder("trees", "student", 0.25) / "model_final.pth", build_model(config))
-    folder = evaluate_run(EvaluateSettings(workers=0))
+    save_model(repository / "models" / "trees.pth", build_model(config))
+    folder = evaluate(EvaluateSettings(workers=0))
     assert folder == default_folder("trees", "evaluate-student", 0.25) and (folder / "metrics.json").exists()
+    with pytest.raises(FileNotFoundError, match="bundled are trees"): evaluate(EvaluateSettings(model="oaks"))
 
 
+@pytest.mark.slow
 def test_labels_are_ranks_whatever_the_ids_of_another_split(finished, tmp_path):
     write_coco(tmp_path / "data", "val2017", ids=(1, 3))
     settings = EvaluateSettings(
         model=str(finished / "student-w0.25"), data=str(tmp_path / "data"), out=str(tmp_path / "run"), workers=0
     )
-    folder = evaluate_run(settings)
+    folder = evaluate(settings)
     assert {d["category_id"] for d in json.loads((folder / "detections.json").read_text())} == {1, 3}
 
 
+@pytest.mark.slow
 def test_evaluation_on_other_classes(finished, tmp_path):
     write_coco(tmp_path / "data", "val2017", ids=(1,), names=("elm",))
     places = dict(model=str(finished / "student-w0.25"), data=str(tmp_path / "data"), out=str(tmp_path / "run"))
     settings = EvaluateSettings(**places)
-    with pytest.raises(ValueError, match="knows the classes pine, oak and .* has elm"): evaluate_run(settings)
+    with pytest.raises(ValueError, match="has the classes pine, oak and .* has elm"): evaluate(settings)
 
 
 def test_long_lists_of_classes_are_told_apart(tmp_path):
@@ -492,27 +522,29 @@ def test_long_lists_of_classes_are_told_apart(tmp_path):
     for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split, ids=range(20), names=renamed)
     data, file = str(tmp_path / "data"), str(tmp_path / "teacher.pth")
     theirs, ours = r"… 'species 12' \(number 13 of 20\)", r"… 'oak' \(number 13 of 20\)"
-    with pytest.raises(ValueError, match=f"knows the classes {theirs} and .*val2017.json has {ours}; give a model"):
-        evaluate_run(EvaluateSettings(model=file, data=data))
+    with pytest.raises(ValueError, match=f"has the classes {theirs} and .*val2017.json has {ours}; give a model"):
+        evaluate(EvaluateSettings(model=file, data=data))
     with pytest.raises(ValueError, match=f"its class_names is {theirs} and the student's {ours}; they must be"):
-        prepare(TrainSettings("student", data=data, teacher=file, out=str(tmp_path / "run")))
-    settings = TrainSettings("teacher", data=data, out=str(tmp_path / "run"), **SMALL)
+        prepare(TrainSettings(role="student", data=data, teacher=file, out=str(tmp_path / "run")))
+    settings = TrainSettings(role="teacher", data=data, out=str(tmp_path / "run"), **SMALL)
     description = prepare(settings).description
     description["model"]["class_names"] = names
     write_json(settings.folder / "settings.json", description)
     with pytest.raises(ValueError, match=f"model.class_names: {theirs} there, {ours} now"): prepare(settings)
 
 
+@pytest.mark.slow
 def test_validation_without_objects_gives_null(coco, tmp_path):
     path = coco / "annotations" / "instances_val2017.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
-    folder = run(prepare(teacher_settings(coco, tmp_path / "run")))
+    folder = train(teacher_settings(coco, tmp_path / "run"))
     assert json.loads((folder / "metrics.json").read_text())["AP"] is None
 
 
+@pytest.mark.slow
 def test_runs_to_compare(finished, coco, tmp_path):
     assert len(finished_runs([finished / "teacher-w0.25", finished / "student-w0.25"])) == 2
-    run(prepare(teacher_settings(coco, tmp_path / "other")))
+    train(teacher_settings(coco, tmp_path / "other"))
     with pytest.raises(ValueError, match="different photographs"):
         finished_runs([finished / "teacher-w0.25", tmp_path / "other"])
     with pytest.raises(FileNotFoundError, match="no settings.json"): finished_runs([tmp_path])
@@ -524,7 +556,7 @@ def test_published_teacher_size_is_kept(tmp_path):
     save_model(tmp_path / "teacher.pth", build_model(config))
     for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split)
     places = dict(data=str(tmp_path / "data"), teacher=str(tmp_path / "teacher.pth"))
-    config = prepare(TrainSettings("student", **places)).config
+    config = prepare(TrainSettings(role="student", **places)).config
     assert (config.pad, config.head_convs, config.short_side, config.max_side) == (256, 1, 800, 1333)
 
 
@@ -534,4 +566,4 @@ def test_published_teacher_of_other_data_has_classes_without_names(tmp_path):
     save_model(tmp_path / "teacher.pth", build_model(config))
     for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split)
     places = dict(data=str(tmp_path / "data"), teacher=str(tmp_path / "teacher.pth"))
-    assert prepare(TrainSettings("student", **places)).config.class_names == ("pine", "oak")
+    assert prepare(TrainSettings(role="student", **places)).config.class_names == ("pine", "oak")

@@ -11,18 +11,22 @@ from pathlib import Path
 
 import torch
 
-from msad.checkpoint import load_model, save_model
-from msad.data import CocoImages, TrainTransform
-from msad.detectors import Distillation, student_of
-from msad.loop import fit
-from msad.processes import joined, rank
-from msad.recipe import Recipe
+from msad.data.images import CocoImages
+from msad.data.transforms import TrainTransform
+from msad.engine.distributed import init_distributed, rank
+from msad.engine.hooks import LogFile
+from msad.engine.recipe import Recipe
+from msad.engine.trainer import Trainer
+from msad.engine.weights import load_model, save_model
+from msad.models.detector import student_of
+from msad.models.distillation import Distillation, trained_module
 
 data, teacher, role, accumulate, out = sys.argv[1:]
-with joined(torch.device("cpu")):
+with init_distributed(torch.device("cpu")):
     model = load_model(teacher).double()
     if role == "student": model = Distillation(student_of(model).double(), model)
     recipe = Recipe(10, batch_size=6, lr=2e-3, warmup=2, distillation_warmup=4, batch_norm="fixed")
     transform = TrainTransform(80, 133)
-    fit(model, CocoImages(data, "train2017"), transform, recipe, Path(out), accumulate=int(accumulate))
-    if rank() == 0: save_model(Path(out) / "model_final.pth", model.student if role == "student" else model)
+    images, hooks = CocoImages(data, "train2017"), [LogFile()] if rank() == 0 else []
+    Trainer(model, images, transform, recipe, Path(out), hooks, accumulate=int(accumulate)).fit()
+    if rank() == 0: save_model(Path(out) / "model_final.pth", trained_module(model))
