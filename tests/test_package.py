@@ -144,8 +144,7 @@ def test_public_functions_are_annotated(name):
     for attribute, thing in public(name).items():
         if not inspect.isfunction(thing): continue
         signature = inspect.signature(thing)
-        # The trainer of a hook is defined in a later notebook.
-        parameters = [p for p in signature.parameters.values() if p.name not in ("self", "trainer")]
+        parameters = [p for p in signature.parameters.values() if p.name != "self"]
         bare += [f"{attribute}({p.name})" for p in parameters if p.annotation is p.empty]
         if signature.return_annotation is signature.empty: bare.append(f"{attribute} -> ?")
     assert bare == []

@@ -286,7 +286,7 @@ def test_wrong_settings(place, student, wrong, message):
 
 def test_a_folder(album, place, student, capsys):
     out = album.parent / "out"
-    assert predict(settings(album, place, out, score_threshold=0.2)) == out
+    assert predict(settings(album, place, out, min_score=0.2)) == out
     results = json.loads((out / "results.json").read_text())
     assert [image["file_name"] for image in results["images"]] == ["a.jpg", "a.png", "b.jpg"]
     assert {skipped["file_name"] for skipped in results["skipped"]} == {"half.jpg", "text.JPG", "empty.png"}
@@ -313,8 +313,8 @@ def test_nothing_is_overwritten(album, place, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     predict(run)
     assert "finished already" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"out holds something else \(score_threshold: 0.45 there, 0.3 now\)"):
-        predict(settings(album, place, out, score_threshold=0.3))
+    with pytest.raises(ValueError, match=r"out holds something else \(min_score: 0.45 there, 0.3 now\)"):
+        predict(settings(album, place, out, min_score=0.3))
     with pytest.raises(ValueError, match=r"out holds something else \(model.nms_thresh: 0.6 there, 0.3 now\)"):
         predict(settings(album, place, out, nms_thresh=0.3))
     shutil.copy(album / "a.jpg", album / "c.jpg")
@@ -360,9 +360,9 @@ def test_a_folder_without_one_good_file(album, place, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"score_threshold": 2}, "score_threshold is 2: choose a number from 0 to 1"),
-        ({"score_threshold": "high"}, "score_threshold is 'high': choose a number"),
-        ({"score_threshold": float("nan")}, "score_threshold is nan"),
+        ({"min_score": 2}, "min_score is 2: choose a number from 0 to 1"),
+        ({"min_score": "high"}, "min_score is 'high': choose a number"),
+        ({"min_score": float("nan")}, "min_score is nan"),
         ({"images": 5}, "images is 5: write a text, such as a path"),
         ({"model": ""}, "model is '': write a text, such as a path"),
         ({"nms_thresh": 2.0}, "nms_thresh is 2.0: choose a number from 0 to 1"),
@@ -380,7 +380,7 @@ def test_wrong_parameters(album, tmp_path, place, wrong, message):
 def test_an_image_keeps_no_more_detections_than_asked(album, place, tmp_path):
     counts = []
     for number, thresholds in enumerate(({}, {"detections_per_img": 5, "topk_candidates": 40})):
-        out = predict(settings(album, place, tmp_path / str(number), score_threshold=0, **thresholds))
+        out = predict(settings(album, place, tmp_path / str(number), min_score=0, **thresholds))
         results = json.loads((out / "results.json").read_text())
         counts += [sum(found["image_id"] == image for found in results["annotations"]) for image in (1, 2, 3)]
     assert min(counts) > 0 and min(counts[:3]) > 5 >= max(counts[3:])
@@ -399,7 +399,7 @@ def test_a_notebook_has_the_parameters_of_its_settings(name, kind):
 @pytest.mark.slow
 def test_the_notebook(album, place, tmp_path):
     out = tmp_path / "out"
-    parameters = {"images": album, "model": place / "student.pth", "out": out, "score_threshold": 0.2}
+    parameters = {"images": album, "model": place / "student.pth", "out": out, "min_score": 0.2}
     done = papermill("nbs/predict.ipynb", *(word for name, value in parameters.items() for word in ("-p", name, value)))
     assert done.returncode == 0, done.stderr[-2000:]
     notebook = json.loads(done.stdout)

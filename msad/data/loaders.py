@@ -118,7 +118,7 @@ def train_loader(
     rank: int = 0,  # number of this process
     world_size: int = 1,  # processes that split a batch
 ) -> DataLoader:
-    "Load endless batches of training samples (this process's part of each), whatever the number of workers the same."
+    "Load endless batches of training samples (this process's part of each); the number of workers changes nothing."
     indices = training_indices(images)
     sampler = TrainSampler(images.sizes, indices, batch_size, transform.seed, start, rank, world_size)
     return _loader(TrainImages(images, transform), sampler, workers)

@@ -60,8 +60,7 @@ def padded_candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Collect M candidates: boxes (N×M×4, unclipped, pixels of the high view), scores, labels (N×M)."
     boxes, scores, labels = [], [], []
-    locations = make_locations(outputs.logits)
-    levels = zip(locations.points.split(locations.counts), locations.strides.split(locations.counts), strict=True)
+    levels = make_locations(outputs.logits).levels()
     for (points, strides), logits, distances, centerness in zip(levels, *outputs, strict=True):
         probability = logits.flatten(2).sigmoid()  # N×K×HW
         rank = torch.where(probability > score_thresh, probability * centerness.flatten(2).sigmoid(), 0.0)

@@ -22,6 +22,7 @@ from ..data.files import read_json, write_json
 from .predictor import Predictor
 from ..engine.distributed import resolve_device
 from ..models.detector import ModelConfig, set_thresholds
+from ..models.postprocess import Thresholds
 from msad.runs.folders import (
     data_folder,
     detector_file,
@@ -64,16 +65,17 @@ class PredictSettings:
     images: str | None = None  # file, folder, or pattern such as "photographs/**/*.jpg"; none: bundled photographs
     model: str | None = None  # run folder, file (ours or published), or bundled weights by name; none: "trees"
     out: str | None = None  # folder, new or empty; none: runs/predict/NAME under the repository
-    score_threshold: float = 0.45  # detections of a lower score are left out of pictures and results
-    nms_thresh: float | None = None  # IoU above which the weaker of two boxes of a class is dropped; none: the model's
-    topk_candidates: int | None = None  # kept of each level before NMS; none: the model's
-    detections_per_img: int | None = None  # kept after NMS; none: the model's
+    min_score: float = 0.45  # detections of a lower score are left out of pictures and results
+    score_thresh: float | None = None  # least probability of a class; none: the model's, as the next three
+    nms_thresh: float | None = None  # IoU above which the weaker of two boxes of a class is dropped
+    topk_candidates: int | None = None  # kept of each level before NMS
+    detections_per_img: int | None = None  # kept after NMS
     reduced_decoding: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8 where enough: faster, pixels differ a little
 
     def __post_init__(self):
         check_types(self)
-        if self.score_threshold > 1:
-            raise ValueError(f"score_threshold is {self.score_threshold!r}: choose a number from 0 to 1")
+        if self.min_score > 1:
+            raise ValueError(f"min_score is {self.min_score!r}: choose a number from 0 to 1")
 
 # %% ../../nbs/52_deploy.predict.ipynb #276ea58a
 def fingerprint_files(files: list[Path]) -> str:
@@ -93,7 +95,7 @@ def describe_prediction(
         "images": f"{len(files)} in {display_path(root)}",
         "images_sha256": fingerprint_files(files),
         "model": {**file_description(detector_file(settings.model)), **config.thresholds._asdict()},
-        "score_threshold": settings.score_threshold,
+        "min_score": settings.min_score,
         "reduced_decoding": settings.reduced_decoding,
     }
 
@@ -117,7 +119,7 @@ def make_results(
     files: list[Path],
     root: Path,  # file names are relative to it
     pictures: Path,  # folder of the annotated pictures
-    score_threshold: float,  # detections below are left out
+    min_score: float,  # detections below are left out
 ) -> dict[str, list]:  # see `results.json` above
     "Detect in files, write annotated pictures, and collect the results as a COCO data set."
     images, annotations, skipped = [], [], []
@@ -127,8 +129,8 @@ def make_results(
         if isinstance(found, Exception):
             skipped.append({"file_name": name, "reason": str(found)})
             continue
-        found = found.above(score_threshold)
-        found.save(pictures / f"{name}.jpg", score_threshold)
+        found = found.above(min_score)
+        found.save(pictures / f"{name}.jpg", min_score)
         height, width = found.size
         images.append({"id": len(images) + 1, "file_name": name, "width": width, "height": height})
         for result in found.to_coco(len(images)):
@@ -162,17 +164,16 @@ def predict(
     weights = detector_file(settings.model)
     files, root = image_files(settings.images)
     predictor = Predictor(weights, resolve_device("auto"), reduced_decoding=settings.reduced_decoding)
-    thresholds = ("nms_thresh", "topk_candidates", "detections_per_img")
-    set_thresholds(predictor.model, **{name: getattr(settings, name) for name in thresholds})
+    set_thresholds(predictor.model, **{name: getattr(settings, name) for name in Thresholds._fields})
     name = files[0].stem if len(files) == 1 else root.name
     folder = full_path(settings.out) if settings.out else (repository() or Path.cwd()) / "runs" / "predict" / name
     description = describe_prediction(settings, files, root, predictor.model.config)
     finished = is_finished(folder, description)
     print(f"{description['images']}, to {display_path(folder)}")
-    if finished:
-        print("finished already, is shown")
-        return folder
-    write_json(folder / "settings.json", description)
-    results = make_results(predictor, files, root, folder / "pictures", settings.score_threshold)
-    write_json(folder / "results.json", results)
+    if finished: print("finished already")
+    else:
+        write_json(folder / "settings.json", description)
+        results = make_results(predictor, files, root, folder / "pictures", settings.min_score)
+        write_json(folder / "results.json", results)
+    print(results_text(folder))
     return folder

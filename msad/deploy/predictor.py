@@ -122,9 +122,9 @@ class Prediction(dict):
         best = [f"{name} {score:.2f}" for name, score in zip(self["names"], self["scores"].tolist(), strict=True)]
         return f"Prediction: {len(best)} boxes" + (f", {shorten(tuple(best))}" if best else "")
 
-    def above(self, score_threshold: float) -> "Prediction":
+    def above(self, min_score: float) -> "Prediction":
         "Leave out detections of lower score."
-        kept = self["scores"] >= score_threshold
+        kept = self["scores"] >= min_score
         found = {name: self[name][kept] for name in ("boxes", "scores", "labels")}
         return Prediction(found, self.image, self.size, self.config)
 
@@ -136,9 +136,9 @@ class Prediction(dict):
         "Draw the picture with boxes, scores, and class names if there are several."
         return annotated_figure(self.image, self, self["names"] if len(self.config.class_names) > 1 else None)
 
-    def save(self, path: str | os.PathLike, score_threshold: float = SHOWN_SCORE) -> None:
+    def save(self, path: str | os.PathLike, min_score: float = SHOWN_SCORE) -> None:
         "Write the picture with the detections of this score or more as a JPEG file; its folder is made if missing."
-        picture = to_jpeg(self.above(score_threshold).figure())
+        picture = to_jpeg(self.above(min_score).figure())
         write_atomically(path, lambda file: file.write(picture))
 
     def _repr_jpeg_(self) -> bytes:

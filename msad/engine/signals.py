@@ -32,7 +32,7 @@ class StopRequest:
         for number, handler in self.before.items(): signal.signal(number, handler)
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        "What happens on a signal."
+        "Note a signal; leave at once where that is asked for, or at a second Ctrl-C."
         if self.at_once or (self.received and number == signal.SIGINT): self.leave(number)
         self.received = number
 

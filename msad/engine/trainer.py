@@ -42,7 +42,7 @@ from msad.engine.distributed import (
     world_size,
     wrap_distributed,
 )
-from .hooks import Hook, read_log
+from .hooks import Hook, Training, read_log
 from .recipe import Recipe, loss_weights_at, lr_at, make_optimizer
 from .signals import StopRequest
 from ..models.distillation import trained_module
@@ -235,33 +235,33 @@ def peak_memory(
 class ProgressBar(Hook):
     "Show a progress bar, in the first process of each machine."
 
-    def before_training(self, trainer) -> None:
+    def before_training(self, trainer: Training) -> None:
         "Begin at the iteration of the checkpoint."
         self.began, self.waited = time.perf_counter(), 0.0
         look = dict(desc="training", unit="it", mininterval=1, smoothing=0.05, disable=local_rank() > 0)
         self.bar = tqdm(initial=trainer.iteration, total=trainer.recipe.iterations, **look)
 
-    def after_step(self, trainer) -> None:
+    def after_step(self, trainer: Training) -> None:
         "Move on by one."
         self.waited += trainer.data_seconds
         self.bar.update()
 
-    def after_log(self, trainer, rows: list[dict]) -> None:
+    def after_log(self, trainer: Training, row: dict) -> None:
         "Show the loss, the time spent waiting for data and the memory."
         waited = f"{self.waited / (time.perf_counter() - self.began):.0%}"
         memory = f"{peak_memory(trainer.device) / 2**30:.1f} GiB"
-        self.bar.set_postfix(loss=f"{rows[-1]['loss']:.3f}", data=waited, memory=memory, refresh=False)
+        self.bar.set_postfix(loss=f"{row['loss']:.3f}", data=waited, memory=memory, refresh=False)
 
-    def before_evaluation(self, trainer) -> None:
+    def before_evaluation(self, trainer: Training) -> None:
         "Make room for the bar of the evaluation."
         if trainer.iteration == trainer.recipe.iterations: self.bar.close()
         else: self.bar.clear()
 
-    def after_evaluation(self, trainer, metrics: dict, figure: Figure | None) -> None:
+    def after_evaluation(self, trainer: Training, metrics: dict, figure: Figure | None) -> None:
         "Leave the time of the evaluation out of the time to go."
         self.bar.unpause()
 
-    def after_training(self, trainer) -> None:
+    def after_training(self, trainer: Training) -> None:
         "Leave the bar as it is."
         self.bar.close()
 
@@ -297,7 +297,7 @@ def log_steps(
     for step, losses in zip(steps, losses_of, strict=True):
         check_finite(losses, step.iteration, step.image_ids)
         row = {"iteration": step.iteration, **losses, "loss": sum(losses.values()), "lr": step.lr}
-        trainer.call("after_log", [{**row, "seconds": seconds, "data_seconds": round(step.data_seconds, 4)}])
+        trainer.call("after_log", {**row, "seconds": seconds, "data_seconds": round(step.data_seconds, 4)})
 
 # %% ../../nbs/27_engine.trainer.ipynb #9de62a68
 def save(

@@ -87,7 +87,7 @@ class Weights:
 
     @property
     def normalization(self) -> Normalization:
-        "The input these weights were trained with."
+        "Return the normalisation that these weights were trained with."
         return self.config.normalization if self.config else IMAGENET
 
 

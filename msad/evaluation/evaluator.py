@@ -25,7 +25,7 @@ class Evaluation(NamedTuple):
 
     metrics: dict  # COCO's twelve, `classes` (AP of each), `seconds_per_image`, `images`
     results: list[dict]  # detections in COCO's format
-    figure: Figure  # some photographs with their true boxes and the detections
+    figure: Figure  # some photographs with the outcomes of the detections
 
 
 def evaluate_model(

@@ -80,11 +80,11 @@ def draw_outcomes(
     images: CocoImages,
     index: int,  # number of the photograph
     results: list[dict],  # detections in COCO's format
-    score_threshold: float = SHOWN_SCORE,  # detections below are left out
+    min_score: float = SHOWN_SCORE,  # detections below are left out
 ) -> str:  # the counts, as a title
     "Draw a photograph with the outcomes of its detections, and the classes of errors where there are several."
     image, truth = images[index]
-    found = image_detections(images, results, images.image_ids[index], score_threshold)
+    found = image_detections(images, results, images.image_ids[index], min_score)
     ax.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
     ax.set(xticks=[], yticks=[])
     counts = []
@@ -100,7 +100,7 @@ def plot_detections(
     images: CocoImages,
     detections: dict[str, list[dict]],  # name, such as "teacher", to detections in COCO's format: a row each
     image_ids: Sequence[int],  # a column each, as of `pick_images` or `worst_images`
-    score_threshold: float = SHOWN_SCORE,  # detections below are left out
+    min_score: float = SHOWN_SCORE,  # detections below are left out
 ) -> Figure:
     """Draw photographs with the outcomes of each detector's detections.
 
@@ -113,13 +113,13 @@ def plot_detections(
     for (name, results), row in zip(detections.items(), axs, strict=True):
         row[0].set_ylabel(name)
         for image_id, ax in zip(image_ids, row, strict=True):
-            counts = draw_outcomes(ax, images, images.image_ids.index(image_id), results, score_threshold)
+            counts = draw_outcomes(ax, images, images.image_ids.index(image_id), results, min_score)
             ax.set_title(f"image {image_id}\n{counts}", fontsize=8)
     handles = [
         Line2D([], [], color=color, ls=line, lw=2, path_effects=[withStroke(linewidth=3.5, foreground=rim)], label=kind)
         for kind, (color, line, rim) in OUTCOME_STYLES.items()
     ]
-    title = f"score at least {score_threshold:g}, IoU at least 0.5 (localisation error: 0.1)"
+    title = f"score at least {min_score:g}, IoU at least 0.5 (localisation error: 0.1)"
     place = dict(loc="outside lower center", ncols=4 if columns > 2 else 2, frameon=False, fontsize=9, handlelength=3)
     fig.legend(handles=handles, title=title, **place)
     return fig

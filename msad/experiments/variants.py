@@ -124,7 +124,7 @@ class Variant(NamedTuple):
 
     @property
     def role(self) -> str:
-        "The role in `settings.json`: the published one, or the variant's name, where the cost is not a role's."
+        "Return the role in `settings.json`: the published one, or the variant's name, where the cost is not a role's."
         return {Teacher: "teacher", Student: "student"}.get(self.kind, self.name)
 
 

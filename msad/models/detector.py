@@ -165,7 +165,7 @@ class ModelConfig:
 
     @property
     def thresholds(self) -> Thresholds:
-        "What limits the detections of an image."
+        "Return what limits the detections of an image."
         return Thresholds(*(getattr(self, name) for name in Thresholds._fields))
 
     def to_dict(self) -> dict:

@@ -43,7 +43,7 @@ class Distillation(nn.Module):
 
     @property
     def transform(self) -> InputTransform:
-        "The student's transform."
+        "Return the student's transform."
         return self.student.transform
 
     def distance(self, features: Sequence[Tensor], fused: Sequence[Tensor]) -> Tensor:

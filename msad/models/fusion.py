@@ -19,7 +19,7 @@ LOW_LEVELS = (2, 3, 4, 5, 6)
 def low_view(
     high: Tensor,  # …×H×W
 ) -> Tensor:  # …×⌈H/2⌉×⌈W/2⌉
-    "Every second pixel, beginning with the first: what resizing by 0.5 with nearest neighbour gives."
+    "Take every second pixel from the first on, as resizing by 0.5 with nearest neighbour does."
     return high[..., ::2, ::2]
 
 # %% ../../nbs/06_models.fusion.ipynb #92f1f747
@@ -44,7 +44,7 @@ class CrossFusion(nn.Module):
         high: Sequence[Tensor],  # P3..P7 of the high view, N×C×H×W
         low: Sequence[Tensor],  # P2..P6 of the low view, of the same sizes
     ) -> tuple[list[Tensor], list[Tensor]]:  # fused levels, N×C×H×W; scores, N×2 for each level
-        "The fused pyramid, and the scores (a, b) of high and low for each image and level."
+        "Fuse two pyramids; the scores (a, b) are those of high and low for each image and level."
         fused, scores = [], []
         for a_level, b_level in zip(high, low, strict=True):
             average = torch.cat([a_level.mean(dim=(2, 3)), b_level.mean(dim=(2, 3))], dim=1)

@@ -18,7 +18,7 @@ def giou_loss(
     predicted: Tensor,  # …×4, (l, t, r, b) ≥ 0 in strides
     target: Tensor,  # …×4, likewise
 ) -> Tensor:  # …, 0 (the same box) to 2
-    "1 − GIoU of boxes around a common point, with (intersection + 1) / (union + 1) for IoU."
+    "Compute 1 − GIoU of boxes around a common point, with (intersection + 1) / (union + 1) for IoU."
     smaller, larger = torch.minimum(predicted, target), torch.maximum(predicted, target)
 
     def area(distances):

@@ -43,7 +43,7 @@ class FPN(nn.Module):
         features: Sequence[Tensor],  # C2..C5, each N×C×H×W with half the size of the one before
         levels: Sequence[int] = LEVELS,  # the wanted levels, ascending
     ) -> list[Tensor]:  # the wanted levels, each N×out_channels×H×W
-        "The wanted pyramid levels; the others are not computed."
+        "Compute the wanted pyramid levels, and no others."
         pyramid = {}
         top_down = None
         for level in range(5, min(levels) - 1, -1):

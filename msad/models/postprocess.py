@@ -33,8 +33,7 @@ def top_candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Collect the candidates of one image: boxes (M×4, unclipped, pixels of the high view), scores, labels."
     boxes, scores, labels = [], [], []
-    locations = make_locations(outputs.logits)
-    levels = zip(locations.points.split(locations.counts), locations.strides.split(locations.counts), strict=True)
+    levels = make_locations(outputs.logits).levels()
     for (points, strides), logits, distances, centerness in zip(levels, *outputs, strict=True):
         probability = logits[image].float().flatten(1).sigmoid()  # K×HW
         rank = probability * centerness[image].float().flatten(1).sigmoid()

@@ -28,6 +28,10 @@ class Locations(NamedTuple):
     ranges: Tensor  # L×2, the smallest and largest distance its level is responsible for
     counts: tuple[int, ...]  # how many locations each level has
 
+    def levels(self) -> list[tuple[Tensor, Tensor]]:
+        "Split points (L'×2) and strides (L') by level."
+        return list(zip(self.points.split(self.counts), self.strides.split(self.counts), strict=True))
+
 
 def make_locations(
     pyramid: Sequence[Tensor],  # the five levels, N×C×H×W, finest first; only their sizes matter
@@ -92,7 +96,7 @@ class Targets(NamedTuple):
 
     @property
     def positive(self) -> Tensor:
-        "N×L, whether a location is responsible for a box."
+        "Tell which locations are responsible for a box, N×L."
         return self.labels >= 0
 
 

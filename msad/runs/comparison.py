@@ -38,7 +38,7 @@ class AnalysisSettings:
 
     @property
     def folders(self) -> list[Path]:
-        "The run folders; a default low-resolution detector (runs/trees/low-w0.25) is between teacher and student."
+        "List the run folders; a default low-resolution detector (runs/trees/low-w0.25) is between teacher and student."
         if self.runs: return finished_runs(self.runs)
         default = [default_folder("trees", kind, 0.25) for kind in ("teacher", "low", "student")]
         return finished_runs([path for path in default if "low" not in path.name or (path / "metrics.json").exists()])

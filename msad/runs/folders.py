@@ -110,6 +110,7 @@ ADDED = {"reduced_decoding": False, "recipe.momentum": 0.9}
 ADDED |= {f"model.{name}": value for name, value in Thresholds()._asdict().items()}
 ADDED |= {"model.backbone": "slimmable_resnet50"}
 RENAMED = {"recipe.drops": "recipe.milestones", "recipe.distillation_alpha": "recipe.alpha"}
+RENAMED |= {"score_threshold": "min_score"}
 
 
 def file_description(path: Path) -> dict:

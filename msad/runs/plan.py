@@ -135,7 +135,7 @@ class Plan:
 
     @property
     def description(self) -> dict:
-        "The content of `settings.json`: everything that the result depends on."
+        "Collect the content of `settings.json`: everything that the result depends on."
         names = ("role", "train_split", "val_split", "seed", "reduced_decoding")
         return {
             **{name: getattr(self.settings, name) for name in names},
@@ -149,7 +149,7 @@ class Plan:
 
     @property
     def images_per_norm(self) -> int:
-        "The number of images whose statistics BatchNorm computes together."
+        "Compute the number of images whose statistics BatchNorm computes together."
         synchronized = self.processes == 1 or resolve_device(self.settings.devices).type == "cuda"
         return self.recipe.batch_size // self.settings.accumulate // (1 if synchronized else self.processes)
 

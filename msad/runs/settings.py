@@ -42,7 +42,7 @@ class RecipeSettings:
 
     @property
     def recipe_changes(self) -> dict:
-        "The fields of a recipe that are given."
+        "Select the fields of a recipe that are given."
         given = {field.name: getattr(self, field.name) for field in fields(Recipe)}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -90,13 +90,13 @@ class TrainSettings(MachineSettings, RecipeSettings):
 
     @property
     def folder(self) -> Path:
-        "The run folder."
+        "Return the run folder."
         return Path(self.out).expanduser().resolve() if self.out else default_folder(self.data, self.role, self.width)
 
 # %% ../../nbs/41_runs.settings.ipynb #8e9e5ac6
 FROM_ZERO = (
     "workers", "seed", "node_rank", "max_restarts", "warmup", "distillation_warmup", "alpha", "weight_decay",
-    "momentum", "score_thresh", "score_threshold", "nms_thresh",
+    "momentum", "score_thresh", "min_score", "nms_thresh",
 )
 
 

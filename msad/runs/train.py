@@ -30,7 +30,7 @@ from msad.engine.distributed import (
     rank,
     resolve_device,
 )
-from ..engine.hooks import Hook, LogFile, TensorBoard, read_log
+from ..engine.hooks import Hook, LogFile, TensorBoard, Training, read_log
 from ..engine.launcher import LAUNCHER, exit_on_user_error, launch, worker
 from ..engine.trainer import ProgressBar, Trainer, seconds_per_step
 from ..engine.weights import load_model, load_weights, save_model
@@ -84,7 +84,7 @@ def is_best(
 class BestModel(Hook):
     "Keep the model with the best AP so far as `model_best.pth`."
 
-    def after_evaluation(self, trainer, metrics: dict, figure: Figure | None) -> None:
+    def after_evaluation(self, trainer: Training, metrics: dict, figure: Figure | None) -> None:
         "Save the model if it is the best."
         rows = read_log(trainer.folder, "evaluations.jsonl")
         earlier = [row["AP"] for row in rows if row["iteration"] < trainer.iteration]
@@ -95,7 +95,7 @@ class BestModel(Hook):
 class Pictures(Hook):
     "Draw curves and detections into `figures/`, and print AP."
 
-    def after_evaluation(self, trainer, metrics: dict, figure: Figure | None) -> None:
+    def after_evaluation(self, trainer: Training, metrics: dict, figure: Figure | None) -> None:
         "Draw the losses so far, the metrics so far and some detections."
         figures, evaluations = trainer.folder / "figures", read_log(trainer.folder, "evaluations.jsonl")
         save_figure(plot_losses(read_log(trainer.folder), evaluations), figures / "losses.png")
