@@ -14,7 +14,7 @@ from conftest import ROOT, write_coco
 pytestmark = pytest.mark.slow
 
 TINY = {
-    "iterations": 8, "student_iterations": 4, "batch_size": 2, "short_side": 64, "head_convs": 1, "precision": "fp32",
+    "iterations": 4, "student_iterations": 2, "batch_size": 2, "short_side": 64, "head_convs": 1, "precision": "fp32",
     "seeds": 2, "other_seeds": 1, "devices": "cpu",
 }
 RUNS = 2 * 5 + 8
@@ -47,7 +47,7 @@ def heeding_ctrl_c():
 def rows(place, name):
     "Read the rows of a file of results by variant and seed."
     contents = json.loads((place / f"{name}.json").read_text())
-    assert contents["settings"]["iterations"] == 8
+    assert contents["settings"]["iterations"] == 4
     return {(row["variant"], row["seed"]): row for row in contents["runs"]}
 
 
@@ -79,20 +79,11 @@ def test_two_processes_share_what_a_stopped_one_began(place):
     assert any("6 student, the full method" in "".join(table.get("text/markdown", "")) for table in tables)
 
 
-def test_same_seed_same_metrics_and_other_settings_are_refused(place):
-    alone = start(place, "alone", seeds=1)
+def test_same_seed_same_metrics(place):
+    alone = start(place, "alone", seeds=1, variants=["high", "correlated"])
     _, errors = alone.communicate(timeout=300)
     assert alone.returncode == 0, errors[-2000:]
     first, again = rows(place, "shared"), rows(place, "alone")
+    assert list(again) == [("teacher", 0), ("high", 0), ("correlated", 0)]
     for key, row in again.items():
         assert row["samples"] == first[key]["samples"] and row["AP"] == first[key]["AP"]
-
-    some = start(place, "some", seeds=1, variants=["correlated"])
-    _, errors = some.communicate(timeout=300)
-    assert some.returncode == 0, errors[-2000:]
-    assert list(rows(place, "some")) == [("teacher", 0), ("correlated", 0)]
-    assert rows(place, "some")["correlated", 0]["samples"] == first["correlated", 0]["samples"]
-
-    refused = start(place, "alone", lr=1e-3)
-    _, errors = refused.communicate(timeout=300)
-    assert refused.returncode != 0 and "lr: 0.002 there, 0.001 now" in errors

@@ -25,7 +25,7 @@ data, teacher, role, accumulate, out = sys.argv[1:]
 with init_distributed(torch.device("cpu")):
     model = load_model(teacher).double()
     if role == "student": model = Distillation(student_of(model).double(), model)
-    recipe = Recipe(10, batch_size=6, lr=2e-3, warmup=2, distillation_warmup=4, batch_norm="fixed")
+    recipe = Recipe(10, batch_size=6, lr=3e-3, warmup=2, distillation_warmup=4, batch_norm="fixed")
     transform = TrainTransform(80, 133)
     images, hooks = CocoImages(data, "train2017"), [LogFile()] if rank() == 0 else []
     Trainer(model, images, transform, recipe, Path(out), hooks, accumulate=int(accumulate)).fit()
