@@ -21,7 +21,7 @@ from torch import nn
 
 from ..data.files import read_json, write_atomically, write_json
 from ..data.images import CocoImages
-from ..data.summary import check_data
+from ..data.summary import check_images
 from ..data.transforms import TrainTransform
 from ..engine.distributed import resolve_device
 from ..engine.hooks import LogFile, read_log
@@ -51,7 +51,7 @@ from ..runs.settings import check_types
 class AblationSettings:
     "An ablation to be done. Raises a `ValueError` that names the field."
 
-    data: str = "trees"  # or "held-out", "synthetic", or a folder in COCO layout
+    data: str = "trees"  # or "held-out", "synthetic", or a folder of any layout
     train_split: str = "train2017"
     val_split: str = "val2017"
     width: float = 0.25
@@ -157,7 +157,7 @@ def train_variant(
     model = initial_model(settings, name, seed, config_of(settings, images.class_names, images.category_ids))
     detector = trained_module(model)
     description = {
-        "variant": name, "role": role, "data": data_name(images.folder.parent), "val_split": settings.val_split,
+        "variant": name, "role": role, "data": data_name(prepare_data(settings.data)), "val_split": settings.val_split,
         "seed": seed, "shared": common_settings(settings), "model": detector.config.to_dict(), "recipe": asdict(recipe),
     }
     finished = folder_state(folder, description) == "finished"
@@ -255,8 +255,7 @@ def run_ablation(settings: AblationSettings) -> list[dict]:  # see `read_results
     "Train and evaluate all that is missing. Raises `FileNotFoundError` or `ValueError` with the parameter and cure."
     data, splits = prepare_data(settings.data), (settings.train_split, settings.val_split)
     images = [CocoImages(data, split) for split in splits]
-    for part, split in zip(images, splits, strict=True):
-        check_data(data, split, training=part is images[0], decode=False, coco=part.coco)
+    for part in images: check_images(part, training=part is images[0], decode=False)
     while todo := missing_runs(settings, read_results(settings)):
         free = [(name, seed) for name, seed in todo if (VARIANTS[name].parent, seed) not in todo]
         if not any(try_run(settings, *run, *images) for run in free): time.sleep(5)

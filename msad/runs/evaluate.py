@@ -15,7 +15,8 @@ import torch
 
 from ..data.files import read_json, write_json
 from ..data.images import CocoImages
-from ..data.summary import check_data
+from ..data.layouts import read_split
+from ..data.summary import check_images
 from ..engine.distributed import all_gather, init_distributed, is_launched, num_processes, rank, resolve_device
 from ..engine.launcher import exit_on_user_error, launch, worker
 from ..engine.published import has_classes
@@ -25,8 +26,6 @@ from ..evaluation.evaluator import evaluate_model, write_evaluation
 from ..models.detector import Detector, scaled_max_side, set_thresholds
 from ..models.postprocess import Thresholds
 from msad.runs.folders import (
-    data_folder,
-    data_name,
     default_folder,
     describe_difference,
     detector_file,
@@ -35,7 +34,7 @@ from msad.runs.folders import (
     folder_state,
     lock_run_folder,
 )
-from .settings import check_types, read_settings_file, settings_dict
+from .settings import check_types, data_beside, read_settings_file, settings_dict, val_path
 
 # %% ../../nbs/44_runs.evaluate.ipynb #ed035914
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +42,10 @@ class EvaluateSettings:
     "An evaluation to be done. Raises a `ValueError` that names the field."
 
     model: str | None = None  # run folder, file (ours or published), or bundled weights by name; none: "trees"
-    data: str = "trees"  # "trees" for the bundled photographs, or a folder in COCO layout
-    val_split: str = "val2017"  # annotations/instances_SPLIT.json and SPLIT/
+    data: str = "trees"  # "trees" for the bundled photographs, or a folder: COCO, Roboflow, CVAT, YOLO or Pascal VOC
+    val_split: str | None = None  # name of the split to evaluate on; none: the one on which training evaluates
+    val_annotations: str | None = None  # COCO's file or a folder of Pascal VOC's to evaluate on; none: found in data
+    val_images: str | None = None  # folder of their images; none: found
     out: str | None = None  # run folder; none: runs/DATA/evaluate-ROLE-wWIDTH under the repository
     short_side: int | None = None  # test size; none: the model's
     max_side: int | None = None  # limit of the long side; none: in proportion to the model's
@@ -59,6 +60,7 @@ class EvaluateSettings:
 
     def __post_init__(self):
         check_types(self)
+        object.__setattr__(self, "data", data_beside(self.data, self.val_annotations))
 
 # %% ../../nbs/44_runs.evaluate.ipynb #667c0bac
 def load_detector(
@@ -81,12 +83,13 @@ def load_detector(
     return path, model
 
 
-def describe_evaluation(settings: EvaluateSettings, path: Path, model: Detector) -> dict:
+def describe_evaluation(settings: EvaluateSettings, path: Path, model: Detector, images: CocoImages) -> dict:
     "Describe an evaluation for `settings.json`: everything that the result depends on."
+    given = settings_dict(settings)
     return {
         "role": model.config.role,
-        "data": data_name(settings.data),
-        "val_split": settings.val_split,
+        **{name: given[name] for name in ("data", "val_annotations", "val_images")},
+        "val_split": images.split.name,
         "width": model.config.width,
         "weights": file_description(path),
         "reduced_decoding": settings.reduced_decoding,
@@ -126,11 +129,10 @@ def evaluate(
 
     Raises `FileNotFoundError` or `ValueError`, each a sentence that names the parameter or file and the cure.
     """
-    data = data_folder(settings.data)
-    images = CocoImages(data, settings.val_split)
-    summary = check_data(data, settings.val_split, decode=False, coco=images.coco)
+    images = CocoImages(read_split(val_path(settings)))
+    summary = check_images(images, decode=False)
     path, model = load_detector(settings, images)
-    config, description = model.config, describe_evaluation(settings, path, model)
+    config, description = model.config, describe_evaluation(settings, path, model, images)
     default = default_folder(settings.data, f"evaluate-{config.role}", config.width)
     folder = Path(settings.out).expanduser().resolve() if settings.out else default
     if is_launched():

@@ -6,7 +6,7 @@
 __all__ = ['ADDED', 'RENAMED', 'RUN_FILES', 'SCHEDULE', 'repository', 'data_name', 'data_folder', 'runs_folder', 'default_folder',
            'display_path', 'weights_file', 'detector_file', 'shorten', 'describe_difference', 'file_description',
            'flat', 'current', 'differences', 'read_settings', 'folder_state', 'FolderInUse', 'lock_run_folder',
-           'finished_runs']
+           'finished_runs', 'run_images']
 
 # %% ../../nbs/40_runs.folders.ipynb #4962aa8b
 import json
@@ -17,6 +17,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..data.files import fingerprint, read_json
+from ..data.images import CocoImages
+from ..data.layouts import SplitPath, read_split
 from ..models.detector import ROLES
 from ..models.postprocess import Thresholds
 
@@ -36,13 +38,13 @@ def data_name(data: str | Path) -> str:
 
 
 def data_folder(
-    data: str | Path,  # "trees" for the bundled photographs, or a folder in COCO's layout
+    data: str | Path,  # "trees" for the bundled photographs, or a folder
 ) -> Path:
     "Find a data set. Raises `FileNotFoundError` when the bundled photographs are not at hand."
     if data_name(data) != "trees": return Path(data_name(data))
     root = repository()
     if root is None:
-        raise FileNotFoundError('data: "trees" lies in the repository, which is not here; give a folder in COCO layout')
+        raise FileNotFoundError('data: "trees" lies in the repository, which is not here; give a folder')
     return root / "data" / "trees"
 
 # %% ../../nbs/40_runs.folders.ipynb #e02ae7e3
@@ -111,6 +113,7 @@ ADDED |= {f"model.{name}": value for name, value in Thresholds()._asdict().items
 ADDED |= {"model.backbone": "slimmable_resnet50"}
 RENAMED = {"recipe.drops": "recipe.milestones", "recipe.distillation_alpha": "recipe.alpha"}
 RENAMED |= {"score_threshold": "min_score"}
+ADDED |= {f"{split}_{name}": None for split in ("train", "val") for name in ("annotations", "images")}
 
 
 def file_description(path: Path) -> dict:
@@ -246,3 +249,12 @@ def finished_runs(
         each = " and ".join(f"{folder} on {name} {split}" for (name, split), folder in data.items())
         raise ValueError(f"runs: they were evaluated on different photographs ({each}); compare runs of one data set")
     return folders
+
+
+def run_images(
+    folder: Path,  # run folder
+) -> CocoImages:
+    "Read the photographs that a run was evaluated on. Raises FileNotFoundError or ValueError when they are not there."
+    settings = read_settings(folder, "runs")
+    explicit = [settings.get(name) for name in ("val_annotations", "val_images")]
+    return CocoImages(read_split(SplitPath(data_folder(settings["data"]), settings["val_split"], *explicit)))

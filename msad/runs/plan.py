@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL_DEFAULTS', 'read_defaults', 'model_config', 'check_fit', 'base_recipe', 'resolve_recipe', 'Plan',
-           'describe_devices', 'notes', 'describe', 'find_teacher', 'read_splits', 'check_batch_norm', 'prepare',
+           'describe_devices', 'notes', 'describe', 'find_teacher', 'read_images', 'check_batch_norm', 'prepare',
            'plan_state']
 
 # %% ../../nbs/42_runs.plan.ipynb #0b6a586a
@@ -16,7 +16,8 @@ import torch
 
 from ..data.files import data_defaults
 from ..data.images import CocoImages
-from ..data.summary import check_data
+from ..data.layouts import read_splits
+from ..data.summary import check_images
 from ..data.transforms import TrainTransform
 from ..engine.distributed import is_launched, num_processes, resolve_device
 from ..engine.published import has_classes
@@ -34,7 +35,7 @@ from msad.runs.folders import (
     read_settings,
     weights_file,
 )
-from .settings import RecipeSettings, TrainSettings
+from .settings import EXPLICIT, RecipeSettings, TrainSettings, settings_dict, split_paths
 
 # %% ../../nbs/42_runs.plan.ipynb #5dbec766
 MODEL_DEFAULTS = {"backbone": "slimmable_resnet50", "neck_channels": 256, "head_convs": 4, "short_side": 800}
@@ -136,10 +137,11 @@ class Plan:
     @property
     def description(self) -> dict:
         "Collect the content of `settings.json`: everything that the result depends on."
-        names = ("role", "train_split", "val_split", "seed", "reduced_decoding")
+        given = settings_dict(self.settings)
         return {
-            **{name: getattr(self.settings, name) for name in names},
-            "data": data_name(self.settings.data),
+            **{name: given[name] for name in ("role", "data", "seed", "reduced_decoding", *EXPLICIT)},
+            "train_split": self.images.split.name,
+            "val_split": self.val_images.split.name,
             "width": self.config.width,
             "weights": self.weights and file_description(self.weights.path),
             "teacher": self.teacher and file_description(self.teacher),
@@ -240,14 +242,14 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
         ) from None
 
 # %% ../../nbs/42_runs.plan.ipynb #28d079a4
-def read_splits(settings: TrainSettings) -> tuple[CocoImages, CocoImages, tuple]:
+def read_images(settings: TrainSettings) -> tuple[CocoImages, CocoImages, tuple]:
     "Read and check both splits: the images to learn from, those to evaluate on, and their summaries."
-    data = data_folder(settings.data)
-    images = CocoImages(data, settings.train_split)
-    summaries = [check_data(data, settings.train_split, training=True, decode=False, coco=images.coco)]
-    if settings.val_split == settings.train_split: return images, images, tuple(summaries)
-    val_images = CocoImages(data, settings.val_split)
-    summaries.append(check_data(data, settings.val_split, decode=False, coco=val_images.coco))
+    train, val = read_splits(*split_paths(settings))
+    images = CocoImages(train)
+    summaries = [check_images(images, training=True, decode=False)]
+    if val is train: return images, images, tuple(summaries)
+    val_images = CocoImages(val)
+    summaries.append(check_images(val_images, decode=False))
     if (val_images.category_ids, val_images.class_names) != (images.category_ids, images.class_names):
         raise ValueError(
             f"val_split: {val_images.annotation_file} lists other categories than {images.annotation_file}; "
@@ -277,7 +279,7 @@ def prepare(
 
     Raises `FileNotFoundError` or `ValueError`, each a sentence that names the parameter or file and the cure.
     """
-    images, val_images, summaries = read_splits(settings)
+    images, val_images, summaries = read_images(settings)
     defaults = read_defaults(data_folder(settings.data))
     weights = read_weights(weights_file(settings.weights), "weights") if settings.weights else None
     teacher = teacher_plan = teacher_config = None
