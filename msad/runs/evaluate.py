@@ -16,7 +16,7 @@ import torch
 from ..data.files import read_json, write_json
 from ..data.images import CocoImages
 from ..data.layouts import read_split
-from ..data.summary import check_images
+from ..data.summary import check_images, content
 from ..engine.distributed import all_gather, init_distributed, is_launched, num_processes, rank, resolve_device
 from ..engine.launcher import exit_on_user_error, launch, worker
 from ..engine.published import has_classes
@@ -90,6 +90,7 @@ def describe_evaluation(settings: EvaluateSettings, path: Path, model: Detector,
         "role": model.config.role,
         **{name: given[name] for name in ("data", "val_annotations", "val_images")},
         "val_split": images.split.name,
+        "val_content": content(images),
         "width": model.config.width,
         "weights": file_description(path),
         "reduced_decoding": settings.reduced_decoding,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL_DEFAULTS', 'read_defaults', 'model_config', 'check_fit', 'base_recipe', 'resolve_recipe', 'Plan',
-           'describe_devices', 'notes', 'describe', 'find_teacher', 'read_images', 'check_batch_norm', 'prepare',
-           'plan_state']
+           'describe_devices', 'notes', 'describe', 'content_of', 'other_data', 'find_teacher', 'read_images',
+           'check_batch_norm', 'prepare', 'plan_state']
 
 # %% ../../nbs/42_runs.plan.ipynb #0b6a586a
 import os
@@ -17,7 +17,7 @@ import torch
 from ..data.files import data_defaults
 from ..data.images import CocoImages
 from ..data.layouts import read_splits
-from ..data.summary import check_images
+from ..data.summary import check_images, content
 from ..data.transforms import TrainTransform
 from ..engine.distributed import is_launched, num_processes, resolve_device
 from ..engine.published import has_classes
@@ -25,6 +25,9 @@ from ..engine.recipe import Recipe, adapt, find_recipe, unknown_name
 from ..engine.weights import Weights, load_model, load_weights, read_weights
 from ..models.detector import ModelConfig, build_model, scaled_max_side
 from msad.runs.folders import (
+    change_text,
+    changed_content,
+    current,
     data_folder,
     data_name,
     default_folder,
@@ -128,6 +131,7 @@ class Plan:
     images: CocoImages  # to learn from
     val_images: CocoImages
     summaries: tuple
+    content: dict  # fingerprints of both splits
     state: str  # of the run folder: "new", "unfinished" or "finished"
     weights: Weights | None
     teacher: Path | None  # a student's teacher, there already or to be
@@ -142,6 +146,7 @@ class Plan:
             **{name: given[name] for name in ("role", "data", "seed", "reduced_decoding", *EXPLICIT)},
             "train_split": self.images.split.name,
             "val_split": self.val_images.split.name,
+            **self.content,
             "width": self.config.width,
             "weights": self.weights and file_description(self.weights.path),
             "teacher": self.teacher and file_description(self.teacher),
@@ -211,7 +216,29 @@ def describe(plan: Plan) -> list[str]:
     ]
 
 # %% ../../nbs/42_runs.plan.ipynb #ade8258a
-def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
+def content_of(images: CocoImages, val_images: CocoImages) -> dict[str, dict]:
+    "Compute the fingerprints of both splits for `settings.json`."
+    learned = content(images)
+    return {"train_content": learned, "val_content": learned if val_images is images else content(val_images)}
+
+
+def other_data(
+    theirs: dict,  # `settings.json` of a teacher
+    data: str,  # name of the student's data
+    data_content: dict,  # of `content_of`
+) -> str | None:
+    "Describe on what a teacher was trained if it is not what its student learns from."
+    there = current(theirs)
+    changed = changed_content(there, current(data_content), "train")
+    if changed == [] or (changed is None and there.get("data") == data): return None
+    if there.get("data") != data: return f"{there.get('data')} and not on {data}"
+    return f"other data: {change_text(changed, there['train_split'])}"
+
+# %% ../../nbs/42_runs.plan.ipynb #bd8208ab
+def find_teacher(
+    settings: TrainSettings,
+    data_content: dict,  # of `content_of`
+) -> tuple[Path, Plan | None]:
     """Find the file of a student's teacher and, where it is missing and can be trained here and now, plan it.
 
     Raises `FileNotFoundError` when the default one is missing and the data are not the bundled photographs, and a
@@ -221,11 +248,10 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
     folder = default_folder(settings.data, "teacher", settings.width)
     file, data = folder / "model_final.pth", data_name(settings.data)
     if all(path.is_file() for path in (file, folder / "metrics.json", folder / "settings.json")):
-        theirs = read_settings(folder, "teacher").get("data")
-        if theirs == data: return file, None
+        if not (problem := other_data(read_settings(folder, "teacher"), data, data_content)): return file, None
         raise ValueError(
-            f"teacher: the one in the default place, {folder}, was trained on {theirs} and not on {data}; "
-            "give the one to learn from"
+            f"teacher: the one in the default place, {folder}, was trained on {problem}; give the one to learn from, "
+            "or move that folder away and train it again"
         )
     if data != "trees":
         command = f"msad train --role teacher --data '{settings.data}' --width {settings.width:g}"
@@ -280,11 +306,12 @@ def prepare(
     Raises `FileNotFoundError` or `ValueError`, each a sentence that names the parameter or file and the cure.
     """
     images, val_images, summaries = read_images(settings)
+    data_content = content_of(images, val_images)
     defaults = read_defaults(data_folder(settings.data))
     weights = read_weights(weights_file(settings.weights), "weights") if settings.weights else None
     teacher = teacher_plan = teacher_config = None
     if settings.role == "student":
-        teacher, teacher_plan = find_teacher(settings)
+        teacher, teacher_plan = find_teacher(settings, data_content)
         if teacher_plan: teacher_config = teacher_plan.config
         else: teacher_config = load_model(teacher, parameter="teacher", role="teacher").config
     config = model_config(settings, images, defaults, weights, teacher_config)
@@ -293,7 +320,8 @@ def prepare(
     processes = int(os.environ["WORLD_SIZE"]) if is_launched() else num_processes(settings.devices) * settings.nnodes
     recipe = resolve_recipe(settings, defaults, processes)
     plan = Plan(
-        settings, config, recipe, images, val_images, summaries, "new", weights, teacher, teacher_plan, processes
+        settings, config, recipe, images, val_images, summaries, data_content, "new", weights, teacher, teacher_plan,
+        processes,
     )
     check_batch_norm(plan)
     # Process 0 may be at work in the folder while others come this far; it is the one to look.
