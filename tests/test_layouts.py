@@ -12,7 +12,11 @@ from msad.cli import main
 from msad.data.images import CocoImages
 from msad.data.layouts import SplitPath, find_layout, find_splits, groups_of_copies, read_split, read_splits
 from msad.data.summary import check_data
+from msad.runs.evaluate import EvaluateSettings, load_detector
 from msad.runs.folders import finished_runs, run_images
+from msad.runs.plan import prepare
+from msad.runs.settings import TrainSettings
+from msad.runs.train import train
 
 SOURCE = Path(__file__).parent / "layouts"
 SPLITS = {name: (SOURCE / f"ImageSets/Main/{name}.txt").read_text().split() for name in ("train", "val", "test")}
@@ -260,7 +264,7 @@ def test_voc_counted_from_zero(voc):
     train = read_split(SplitPath(voc, "train"))  # another file of the folder shows it
     moved = [(name, x + 1, y + 1, w - 1, h - 1) for name, x, y, w, h in true_boxes(SPLITS["train"][0])]
     assert boxes_read(train)[SPLITS["train"][0]] == moved
-    assert train.notes == ("pixels are counted from 0, since 1 objects begin there",)
+    assert train.notes == ("pixels are counted from 0, where objects begin (1)",)
     assert "pixels are counted from 1" in str(check_data(SOURCE, "train"))
 
 
@@ -365,6 +369,81 @@ def test_yolo_without_any_labels(yolo):
         read_split(SplitPath(yolo, "train"))
     with pytest.raises(ValueError, match="names the images of its splits: leave out"):
         read_split(SplitPath(yolo, "train", images=str(yolo / "images/train")))
+
+
+# --- what is odd is said before work
+
+
+def settings_of(root, **changes):
+    size = dict(short_side=96, max_side=128, neck_channels=64, head_convs=1, recipe="small", iterations=1, batch_size=2)
+    given = {**size, "data": str(root), "out": str(root.parent / "run"), "workers": 0, "devices": "cpu", **changes}
+    return TrainSettings(role="teacher", **given)
+
+
+def change_json(file, change):
+    dataset = json.loads(file.read_text())
+    change(dataset)
+    file.write_text(json.dumps(dataset))
+
+
+def test_roboflows_root_category_is_left_out(tmp_path):
+    root = tmp_path / "cells"
+    write_roboflow(root)
+    for file in root.glob("*/*.json"): change_json(file, lambda d: d["categories"].append({"id": 0, "name": "cells"}))
+    plan = prepare(settings_of(root))
+    assert plan.config.class_names == tuple(NAMES) and plan.images.class_names == plan.val_images.class_names == NAMES
+    assert "no box in either split, left out (keep_empty_classes learns them too): cells\n" in str(plan)
+    kept = prepare(settings_of(root, keep_empty_classes=True))
+    assert kept.config.class_names == ("cells", *NAMES) and "left out" not in str(kept)
+    assert plan.content == kept.content
+
+
+@pytest.mark.slow
+def test_a_detector_without_the_root_category_is_evaluated(tmp_path):
+    root = tmp_path / "cells"
+    write_roboflow(root)
+    for file in root.glob("*/*.json"): change_json(file, lambda d: d["categories"].append({"id": 0, "name": "cells"}))
+    folder = train(settings_of(root))
+    images = CocoImages(root, "valid")
+    _, model, fitting = load_detector(EvaluateSettings(model=str(folder)), images)
+    assert images.class_names == ["cells", *NAMES] and fitting.class_names == list(model.config.class_names) == NAMES
+
+
+def test_files_under_two_ids_and_in_both_splits(tmp_path):
+    root = tmp_path / "cells"
+    write_coco(root)
+    change_json(root / "annotations/instances_train.json", lambda d: d["images"].append({**d["images"][0], "id": 9}))
+    shutil.copy(root / f"train/{SPLITS['train'][1]}.jpg", root / f"val/{SPLITS['val'][0]}.jpg")
+    text = str(prepare(settings_of(root)))
+    assert f"train: files under more than one id: 1, such as {root}/train/{SPLITS['train'][0]}.jpg" in text
+    pair = f"{root}/train/{SPLITS['train'][1]}.jpg and {root}/val/{SPLITS['val'][0]}.jpg"
+    assert f"files in both splits, so that the evaluation asks for what was learned: 1, such as {pair}" in text
+    assert "val: classes without a box: Platelets" in text
+
+
+def test_boxes_smaller_than_pixels(tmp_path):
+    root = tmp_path / "cells"
+    write_coco(root)
+    text = str(prepare(settings_of(root, short_side=64, max_side=96)))
+    assert "boxes are too small to be learned at the test size 64: no location of the network is in them" in text
+    assert "too small" not in str(prepare(settings_of(root, short_side=400, max_side=800)))
+
+    def to_fractions(dataset):
+        for box in dataset["annotations"]:
+            box["bbox"] = [side / size for side, size in zip(box["bbox"], [640, 480] * 2, strict=True)]
+
+    for split in ("train", "val"): change_json(root / f"annotations/instances_{split}.json", to_fractions)
+    with pytest.raises(ValueError, match=r"the median side of a box is 0.0\d+ pixels of the network at the test"):
+        prepare(settings_of(root))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_headers_that_contradict_the_file_are_found_in_the_plan(tmp_path, split):
+    root = tmp_path / "cells"
+    write_coco(root)
+    Image.new("RGB", (320, 240)).save(root / split / f"{SPLITS[split][0]}.jpg")
+    with pytest.raises(ValueError, match=r"1 of \d images have another \[height, width\].*is \[240, 320\], stated"):
+        prepare(settings_of(root))
 
 
 # --- whole runs

@@ -595,7 +595,7 @@ def test_long_lists_of_classes_are_told_apart(tmp_path):
     config = ModelConfig("teacher", 0.25, tuple(names), tuple(range(20)), 64, 1, 128, 213)
     save_model(tmp_path / "teacher.pth", build_model(config))
     renamed = [*names[:12], "oak", *names[13:]]
-    for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split, ids=range(20), names=renamed)
+    for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split, 10, ids=range(20), names=renamed)
     data, file = str(tmp_path / "data"), str(tmp_path / "teacher.pth")
     theirs, ours = r"… 'species 12' \(number 13 of 20\)", r"… 'oak' \(number 13 of 20\)"
     with pytest.raises(ValueError, match=f"has the classes {theirs} and .*val2017.json has {ours}; give a model"):

@@ -8,8 +8,8 @@ __all__ = ['TRAIN', 'VAL', 'LAYOUTS', 'REST', 'HELD_OUT', 'Split', 'plain_name',
            'holds_coco', 'split_word', 'image_folder', 'read_coco', 'read_yaml', 'yolo_files', 'yolo_places',
            'yolo_classes', 'yolo_images', 'label_file', 'read_label_file', 'read_yolo', 'coco_dataset', 'voc_files',
            'VocFile', 'read_voc_file', 'first_pixel', 'coco_box', 'read_voc', 'Layout', 'find_layout',
-           'groups_of_copies', 'part_of', 'hold_out', 'SplitPath', 'read_split', 'read_splits', 'pick', 'only',
-           'find_splits']
+           'groups_of_copies', 'part_of', 'without_classes', 'hold_out', 'SplitPath', 'read_split', 'read_splits',
+           'pick', 'only', 'find_splits']
 
 # %% ../../nbs/12_data.layouts.ipynb #c9ce49b0
 import os
@@ -105,10 +105,10 @@ def image_size(
         with Image.open(path) as file:
             width, height = file.size
             return (width, height) if lies_on_its_side(file) else (height, width)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: put the image there or remove its annotations.") from None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist: put the image there or remove its annotations.") from error
     except Exception as error:  # Pillow raises errors of many kinds
-        raise ValueError(f"{path} is no image ({error}): replace it or remove it.") from None
+        raise ValueError(f"{path} is no image ({error}): replace it or remove it.") from error
 
 # %% ../../nbs/12_data.layouts.ipynb #d4b09a9b
 TRAIN = ("train2017", "train", "trainval")  # splits to learn from, the first that is there
@@ -369,8 +369,8 @@ def first_pixel(files: Iterable[VocFile]) -> tuple[int, str]:
     "Find out whether pixels are counted from 0 or from 1, and tell it in a line."
     corners = [corner for file in files for _, (x, y, *_), _ in file.objects for corner in (x, y)]
     zeros, negative = sum(0 <= corner < 1 for corner in corners), sum(corner < 0 for corner in corners)
-    beyond = f" ({negative} begin outside of their image)" if negative else ""
-    if zeros: return 0, f"pixels are counted from 0, since {zeros} objects begin there{beyond}"
+    beyond = f"; outside of their image begin {negative}" if negative else ""
+    if zeros: return 0, f"pixels are counted from 0, where objects begin ({zeros}){beyond}"
     return 1, f"pixels are counted from 1, as in Pascal VOC: no object begins at 0{beyond}"
 
 
@@ -490,6 +490,15 @@ def part_of(
     }
     paths = {i: path for i, path in split.paths.items() if i in ids}
     return replace(split, name=name or split.name, dataset=dataset, paths=paths, notes=(*split.notes, *notes))
+
+
+def without_classes(
+    split: Split,
+    ids: set[int],  # categories that have no box
+) -> Split:
+    "Take categories out of a split that have no box."
+    categories = [category for category in split.dataset["categories"] if category["id"] not in ids]
+    return replace(split, dataset={**split.dataset, "categories": categories})
 
 
 def hold_out(split: Split) -> tuple[Split, Split]:  # the rest, and the share that is held out

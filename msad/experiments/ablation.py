@@ -159,7 +159,7 @@ def train_variant(
     model = initial_model(settings, name, seed, config_of(settings, images.class_names, images.category_ids))
     detector = trained_module(model)
     description = {
-        "variant": name, "role": role, "data": data_name(prepare_data(settings.data)), "val_split": settings.val_split,
+        "variant": name, "role": role, "data": data_name(prepare_data(settings.data)),
         **content_of(images, val_images), "seed": seed, "shared": common_settings(settings),
         "model": detector.config.to_dict(), "recipe": asdict(recipe),
     }
@@ -216,8 +216,7 @@ def check_content(settings: AblationSettings, data_content: dict) -> None:
     "Raise a `ValueError` when the file of results has those of data that changed since."
     path = results_file(settings)
     there = read_json(path).get("content", {}) if path.exists() else {}
-    splits = {name: getattr(settings, name) for name in ("train_split", "val_split")}
-    if text := "; ".join(differences({**splits, **there}, {**splits, **data_content}).values()):
+    if text := "; ".join(differences({**data_content, **there}, data_content).values()):
         raise ValueError(f"results: {path} has results of other data ({text}); give another file")
 
 

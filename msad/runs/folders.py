@@ -285,7 +285,7 @@ def finished_runs(
         places[folder] = place
     return folders
 
-
+# %% ../../nbs/40_runs.folders.ipynb #d76f37ed
 def run_images(
     folder: Path,  # run folder
 ) -> CocoImages:

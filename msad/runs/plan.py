@@ -4,26 +4,30 @@
 
 # %% auto #0
 __all__ = ['MODEL_DEFAULTS', 'read_defaults', 'model_config', 'check_fit', 'base_recipe', 'resolve_recipe', 'Plan',
-           'describe_devices', 'notes', 'describe', 'content_of', 'other_data', 'find_teacher', 'read_images',
-           'check_batch_norm', 'prepare', 'plan_state']
+           'count_processes', 'describe_devices', 'notes', 'describe', 'content_of', 'other_data', 'find_teacher',
+           'read_images', 'leave_out_classes', 'box_oddities', 'find_oddities', 'check_batch_norm', 'prepare',
+           'plan_state']
 
 # %% ../../nbs/42_runs.plan.ipynb #0b6a586a
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from ..data.annotations import usable_boxes
 from ..data.files import data_defaults
-from ..data.images import CocoImages
-from ..data.layouts import read_splits
-from ..data.summary import check_images, content
+from ..data.images import CocoImages, resized_size
+from ..data.layouts import read_splits, without_classes
+from ..data.summary import check_images, content, shared_files, unused_classes
 from ..data.transforms import TrainTransform
 from ..engine.distributed import is_launched, num_processes, resolve_device
 from ..engine.published import has_classes
 from ..engine.recipe import Recipe, adapt, find_recipe, unknown_name
 from ..engine.weights import Weights, load_model, load_weights, read_weights
 from ..models.detector import ModelConfig, build_model, scaled_max_side
+from ..models.targets import STRIDES
 from msad.runs.folders import (
     change_text,
     changed_content,
@@ -130,8 +134,9 @@ class Plan:
     recipe: Recipe
     images: CocoImages  # to learn from
     val_images: CocoImages
-    summaries: tuple
-    content: dict  # fingerprints of both splits
+    summaries: tuple  # of both splits
+    content: dict  # of `content_of`
+    oddities: tuple[str, ...]  # of the data
     state: str  # of the run folder: "new", "unfinished" or "finished"
     weights: Weights | None
     teacher: Path | None  # a student's teacher, there already or to be
@@ -142,11 +147,8 @@ class Plan:
     def description(self) -> dict:
         "Collect the content of `settings.json`: everything that the result depends on."
         given = settings_dict(self.settings)
-        return {
+        return self.content | {
             **{name: given[name] for name in ("role", "data", "seed", "reduced_decoding", *EXPLICIT)},
-            "train_split": self.images.split.name,
-            "val_split": self.val_images.split.name,
-            **self.content,
             "width": self.config.width,
             "weights": self.weights and file_description(self.weights.path),
             "teacher": self.teacher and file_description(self.teacher),
@@ -164,6 +166,11 @@ class Plan:
         return "\n".join(describe(self))
 
 # %% ../../nbs/42_runs.plan.ipynb #af12efc9
+def count_processes(settings: TrainSettings) -> int:
+    "Count the processes of a run on all machines."
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else num_processes(settings.devices) * settings.nnodes
+
+
 def describe_devices(plan: Plan) -> str:
     "Describe on what a run runs."
     kind, settings = resolve_device(plan.settings.devices).type, plan.settings
@@ -200,6 +207,7 @@ def describe(plan: Plan) -> list[str]:
         f"{settings.role} of width {config.width:g}: {config.neck_channels} neck channels, {classes}, "
         f"test size {config.short_side} (at most {config.max_side}), padded to {config.pad}",
         *map(str, plan.summaries),
+        *plan.oddities,
     ]
     if plan.teacher_plan:
         lines.append(f"no finished teacher at {display_path(plan.teacher.parent)}: it is trained first, like this:")
@@ -216,10 +224,12 @@ def describe(plan: Plan) -> list[str]:
     ]
 
 # %% ../../nbs/42_runs.plan.ipynb #ade8258a
-def content_of(images: CocoImages, val_images: CocoImages) -> dict[str, dict]:
-    "Compute the fingerprints of both splits for `settings.json`."
+def content_of(images: CocoImages, val_images: CocoImages) -> dict[str, str | dict]:
+    "Collect names and fingerprints of both splits for `settings.json`."
     learned = content(images)
-    return {"train_content": learned, "val_content": learned if val_images is images else content(val_images)}
+    asked = learned if val_images is images else content(val_images)
+    names = {"train_split": images.split.name, "val_split": val_images.split.name}
+    return {**names, "train_content": learned, "val_content": asked}
 
 
 def other_data(
@@ -271,11 +281,11 @@ def find_teacher(
 def read_images(settings: TrainSettings) -> tuple[CocoImages, CocoImages, tuple]:
     "Read and check both splits: the images to learn from, those to evaluate on, and their summaries."
     train, val = read_splits(*split_paths(settings))
-    images = CocoImages(train)
-    summaries = [check_images(images, training=True, decode=False)]
+    images, first = CocoImages(train), not is_launched() or os.environ["RANK"] == "0"
+    summaries = [check_images(images, training=True, decode=False, headers=first)]
     if val is train: return images, images, tuple(summaries)
     val_images = CocoImages(val)
-    summaries.append(check_images(val_images, decode=False))
+    summaries.append(check_images(val_images, decode=False, headers=first))
     if (val_images.category_ids, val_images.class_names) != (images.category_ids, images.class_names):
         raise ValueError(
             f"val_split: {val_images.annotation_file} lists other categories than {images.annotation_file}; "
@@ -283,7 +293,62 @@ def read_images(settings: TrainSettings) -> tuple[CocoImages, CocoImages, tuple]
         )
     return images, val_images, tuple(summaries)
 
+# %% ../../nbs/42_runs.plan.ipynb #89e6b83d
+def leave_out_classes(
+    settings: TrainSettings,
+    images: CocoImages,
+    val_images: CocoImages,
+    like: ModelConfig | None,  # of a teacher or of weights, which may know all classes
+) -> tuple[CocoImages, CocoImages, list[str]]:  # both splits, and a line if there are such classes
+    "Leave out the classes that have no box in either split, unless they are asked for, or a teacher knows them."
+    all_names = dict(zip(images.category_ids, images.class_names, strict=True))
+    known = like.class_names if like and settings.role == "student" else ()
+    unused = {i for i in unused_classes(images, val_images) if all_names[i] not in known}
+    asked_for = settings.keep_empty_classes or (like and has_classes(like, images.class_names))
+    if asked_for or not unused: return images, val_images, []
+    names = [all_names[i] for i in sorted(unused)]
+    learned = CocoImages(without_classes(images.split, unused))
+    asked = learned if val_images is images else CocoImages(without_classes(val_images.split, unused))
+    line = f"no box in either split, left out (keep_empty_classes learns them too): {', '.join(names)}"
+    return learned, asked, [line if len(line) <= 300 else f"{line[:299]}…"]
 
+# %% ../../nbs/42_runs.plan.ipynb #3e8e1833
+def box_oddities(
+    images: CocoImages,  # to learn from
+    config: ModelConfig,
+) -> list[str]:
+    """Tell how many boxes no location of the network lies in, since nothing can learn those.
+
+    Raises a `ValueError` when half of the boxes are smaller than a pixel, as fractions of the image are.
+    """
+    boxes, usable = usable_boxes(images.boxes, images.sizes[images.owner])
+    sizes, which = np.unique(images.sizes, axis=0, return_inverse=True)
+    resized = np.array([resized_size(*size, config.short_side, config.max_side) for size in sizes.tolist()])
+    scales = (resized / sizes)[which.ravel()][images.owner][:, ::-1]
+    good = usable & ~images.iscrowd
+    low, high = boxes[good, :2] * scales[good], boxes[good, 2:] * scales[good]
+    median, at = float(np.median((high - low).min(axis=1))), f"at the test size {config.short_side}"
+    if median < 1:
+        raise ValueError(
+            f"{images.annotation_file}: the median side of a box is {median:.2g} pixels of the network {at}; write "
+            "boxes in pixels of the image (not as fractions of it), or choose a larger short_side"
+        )
+    # Locations are at 4, 12, 20 and so on.
+    between = np.ceil(high / STRIDES[0] - 0.5) - np.floor(low / STRIDES[0] - 0.5) - 1
+    lost = int((between < 1).any(axis=1).sum())
+    if not lost: return []
+    return [f"{lost:,} of {len(low):,} boxes are too small to be learned {at}: no location of the network is in them"]
+
+
+def find_oddities(images: CocoImages, val_images: CocoImages, config: ModelConfig) -> list[str]:
+    "List what is odd about two splits for a model. Raises a `ValueError` when it would spoil the run."
+    found = box_oddities(images, config)
+    if val_images is images or not (shared := shared_files(images, val_images)): return found
+    pair = " and ".join(shared[0])
+    learned = "files in both splits, so that the evaluation asks for what was learned"
+    return [*found, f"{learned}: {len(shared)}, such as {pair}"]
+
+# %% ../../nbs/42_runs.plan.ipynb #7113bbad
 def check_batch_norm(plan: Plan) -> None:
     "Raise a `ValueError` when BatchNorm would have nothing to compute its statistics from."
     smallest = TrainTransform(plan.config.short_side, plan.config.max_side).short_sides[0]
@@ -314,20 +379,23 @@ def prepare(
         teacher, teacher_plan = find_teacher(settings, data_content)
         if teacher_plan: teacher_config = teacher_plan.config
         else: teacher_config = load_model(teacher, parameter="teacher", role="teacher").config
+    like = teacher_config or (weights and weights.config)
+    images, val_images, left_out = leave_out_classes(settings, images, val_images, like)
     config = model_config(settings, images, defaults, weights, teacher_config)
+    oddities = (*left_out, *find_oddities(images, val_images, config))
     with torch.device("meta"): model = build_model(config)
     if weights: load_weights(model.to_empty(device="cpu"), weights)
-    processes = int(os.environ["WORLD_SIZE"]) if is_launched() else num_processes(settings.devices) * settings.nnodes
+    processes = count_processes(settings)
     recipe = resolve_recipe(settings, defaults, processes)
     plan = Plan(
-        settings, config, recipe, images, val_images, summaries, data_content, "new", weights, teacher, teacher_plan,
-        processes,
+        settings, config, recipe, images, val_images, summaries, data_content, oddities, "new", weights, teacher,
+        teacher_plan, processes,
     )
     check_batch_norm(plan)
     # Process 0 may be at work in the folder while others come this far; it is the one to look.
     return plan if is_launched() and os.environ["RANK"] != "0" else replace(plan, state=plan_state(plan))
 
-
+# %% ../../nbs/42_runs.plan.ipynb #729bac69
 def plan_state(plan: Plan) -> str:
     "Find out how far a run got in its folder; a teacher that is still missing is taken for the one that was."
     description, recorded = plan.description, plan.settings.folder / "settings.json"

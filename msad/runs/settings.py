@@ -77,6 +77,7 @@ class TrainSettings(MachineSettings, RecipeSettings):
     train_images: str | None = None  # folder of their images; none: found
     val_annotations: str | None = None  # COCO's file or a folder of Pascal VOC's to evaluate on; none: found in data
     val_images: str | None = None  # folder of their images; none: found
+    keep_empty_classes: bool = False  # also learn classes that have no box in either split
     width: float = 0.25  # of the backbone: 0.25, 0.5, 0.75 or 1.0
     backbone: str | None = None  # family of backbones; none: the teacher's or the weights', else slimmable_resnet50
     neck_channels: int | None = None  # of neck and head; none: the teacher's, the weights' or the data's, else 256
