@@ -36,6 +36,7 @@ class Recipe:
     precision: str = "fp32"  # of the network: "fp32", "bf16" or "fp16"; losses and weights are always fp32
     batch_norm: str = "trained"  # or "fixed": its statistics stay those of the weights to start from
     momentum: float = 0.9  # of "sgd"
+    empty_images: bool = True  # learn from photographs without objects too, at most as many as there are others
 
     def __post_init__(self):
         check_recipe(self)
@@ -65,6 +66,8 @@ def check_recipe(
     for name in ("alpha", "weight_decay", "momentum"):
         value = getattr(recipe, name)
         if not 0 <= value < math.inf: raise ValueError(f"{name} is {value!r}: choose a number of 0 or more")
+    if not isinstance(recipe.empty_images, bool):
+        raise ValueError(f"empty_images is {recipe.empty_images!r}: write True or False")
     if not all(isinstance(milestone, int) for milestone in recipe.milestones):
         raise ValueError(f"milestones is {recipe.milestones!r}: write whole numbers of iterations")
 
@@ -109,15 +112,16 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
 # %% ../../nbs/22_engine.recipe.ipynb #cdd9f06c
+_PUBLISHED = dict(empty_images=False)
 PUBLISHED_RECIPES = {
-    ("teacher", 0.25): Recipe(90_000, 16, 0.01, milestones=(60_000, 80_000)),
-    ("teacher", 0.5): Recipe(180_000, 8, 0.01, milestones=(120_000, 160_000)),
-    ("teacher", 0.75): Recipe(180_000, 8, 0.01, milestones=(120_000, 160_000)),
-    ("teacher", 1.0): Recipe(180_000, 8, 0.01, milestones=(120_000, 160_000)),
-    ("student", 0.25): Recipe(45_000, 32, 0.02, milestones=(30_000, 40_000)),
-    ("student", 0.5): Recipe(45_000, 32, 0.01, milestones=(30_000, 40_000)),
-    ("student", 0.75): Recipe(45_000, 32, 0.02, milestones=(30_000, 40_000)),
-    ("student", 1.0): Recipe(90_000, 16, 0.01, milestones=(60_000, 80_000)),
+    ("teacher", 0.25): Recipe(90_000, 16, 0.01, milestones=(60_000, 80_000), **_PUBLISHED),
+    ("teacher", 0.5): Recipe(180_000, 8, 0.01, milestones=(120_000, 160_000), **_PUBLISHED),
+    ("teacher", 0.75): Recipe(180_000, 8, 0.01, milestones=(120_000, 160_000), **_PUBLISHED),
+    ("teacher", 1.0): Recipe(180_000, 8, 0.01, milestones=(120_000, 160_000), **_PUBLISHED),
+    ("student", 0.25): Recipe(45_000, 32, 0.02, milestones=(30_000, 40_000), **_PUBLISHED),
+    ("student", 0.5): Recipe(45_000, 32, 0.01, milestones=(30_000, 40_000), **_PUBLISHED),
+    ("student", 0.75): Recipe(45_000, 32, 0.02, milestones=(30_000, 40_000), **_PUBLISHED),
+    ("student", 1.0): Recipe(90_000, 16, 0.01, milestones=(60_000, 80_000), **_PUBLISHED),
 }
 
 # %% ../../nbs/22_engine.recipe.ipynb #2066c727

@@ -41,6 +41,7 @@ class RecipeSettings:
     flips: str | None = None  # "horizontal", or "all" symmetries of a square, for pictures from above
     precision: str | None = None  # of the network: "fp32", "bf16" or "fp16"
     batch_norm: str | None = None  # "trained", or "fixed": its statistics stay those of the initial weights
+    empty_images: bool | None = None  # learn from photographs without objects too, at most as many as there are others
 
     @property
     def recipe_changes(self) -> dict:
