@@ -145,7 +145,7 @@ def evaluate(
     Raises `FileNotFoundError` or `ValueError`, each a sentence that names the parameter or file and the cure.
     """
     images = CocoImages(read_split(val_path(settings)))
-    summary = check_images(images, decode=False)
+    summary = check_images(images, decode=False, headers=not is_launched())
     path, model, images = load_detector(settings, images)
     config, description = model.config, describe_evaluation(settings, path, model, images)
     default = default_folder(settings.data, f"evaluate-{config.role}", config.width)
