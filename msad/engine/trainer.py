@@ -115,7 +115,7 @@ def divide(
 ) -> list[tuple[list[Tensor], Targets, tuple[int, int]]]:  # images, their targets, the size to pad them to
     "Divide a batch into parts, with targets that have the normalisers of all parts in all processes."
     size = common_size(model.transform, images)
-    locations = batch_locations(model.transform.mean.new_empty(0, 3, *size))
+    locations = batch_locations(model.transform.mean.new_empty(0, 3, *size), model.num_levels)
     parts = [slice(part, None, accumulate) for part in range(accumulate)]
     assigned = share_normalizers([assign_targets(locations, targets[part]) for part in parts])
     return [(images[part], target, size) for part, target in zip(parts, assigned, strict=True)]

@@ -64,8 +64,8 @@ def compose(kind: type[Detector], config: ModelConfig) -> Detector:
     "Build a detector of a kind with fresh weights; the random state decides them, the same for all kinds."
     teacher = build_model(replace(config, role="teacher"))
     parts = {name: getattr(teacher, name) for name in signature(kind).parameters}
-    if max(kind.levels) < 7: del teacher.neck.p7
     detector = kind(**parts)
+    if max(detector.levels) < 7: del detector.neck.p7
     detector.config = replace(config, role="teacher" if "fusion" in parts else "student")
     return detector
 

@@ -46,8 +46,13 @@ class Distillation(nn.Module):
         "Return the student's transform."
         return self.student.transform
 
+    @property
+    def num_levels(self) -> int:
+        "Return the number of levels of both pyramids."
+        return self.student.num_levels
+
     def distance(self, features: Sequence[Tensor], fused: Sequence[Tensor]) -> Tensor:
-        "Compute the distance of the student's five maps from the teacher's."
+        "Compute the distance of the student's maps from the teacher's."
         return distillation_loss(features, fused, self.alpha)
 
     def train(self, mode: bool = True) -> "Distillation":

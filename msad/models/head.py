@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .losses import fcos_losses
 from .postprocess import Thresholds, postprocess
-from .targets import STRIDES, HeadOutputs, Targets
+from .targets import HeadOutputs, Targets
 
 # %% ../../nbs/05_models.head.ipynb #c08ee421
 GROUPS = 32
@@ -39,11 +39,17 @@ def init_head(module: nn.Module) -> None:
 class FCOSHead(nn.Module):
     """FCOS's head (Tian et al., ICCV 2019), with centre-ness beside the box and ReLU'd distances.
 
-    `channels` are the pyramid's, `num_convs` are in each of the two towers, and `decode` uses the `thresholds`. Raises
-    a `ValueError` unless `channels` is a multiple of 32, and at least 64.
+    Raises a `ValueError` unless `channels` is a multiple of 32, and at least 64.
     """
 
-    def __init__(self, channels: int, num_classes: int, num_convs: int = 4, thresholds: Thresholds | None = None):
+    def __init__(
+        self,
+        channels: int,  # of the pyramid
+        num_classes: int,
+        num_convs: int = 4,  # in each of the two towers
+        thresholds: Thresholds | None = None,  # of `decode`; none: the usual ones
+        num_levels: int = 5,  # of the pyramid
+    ):
         super().__init__()
         if channels < 2 * GROUPS or channels % GROUPS:
             raise ValueError(f"neck_channels is {channels}: choose 64, 96, 128 … (the head normalises {GROUPS} groups)")
@@ -51,13 +57,13 @@ class FCOSHead(nn.Module):
         self.cls_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(channels, 4, 3, padding=1, bias=False)
         self.centerness = nn.Conv2d(channels, 1, 3, padding=1, bias=False)
-        self.scales = nn.Parameter(torch.ones(len(STRIDES)))
+        self.scales = nn.Parameter(torch.ones(num_levels))
         self.thresholds = thresholds or Thresholds()
         self.apply(init_head)
         nn.init.constant_(self.cls_logits.bias, -math.log(99))
 
     def forward(self, pyramid: Sequence[Tensor]) -> HeadOutputs:
-        "Predict for each cell of the five levels (N×channels×H×W, finest first)."
+        "Predict for each cell of all levels (N×channels×H×W, finest first)."
         outputs = HeadOutputs([], [], [])
         for level, scale in zip(pyramid, self.scales, strict=True):
             box_features = self.bbox_tower(level)

@@ -108,7 +108,7 @@ def describe_difference(there: object, now: object) -> tuple[str, str]:
 # Settings of earlier versions: those they lack with the value their runs had, and those that have another name now.
 ADDED = {"reduced_decoding": False, "recipe.momentum": 0.9}
 ADDED |= {f"model.{name}": value for name, value in Thresholds()._asdict().items()}
-ADDED |= {"model.backbone": "slimmable_resnet50"}
+ADDED |= {"model.backbone": "slimmable_resnet50", "model.finest_stride": 4}
 RENAMED = {"recipe.drops": "recipe.milestones", "recipe.distillation_alpha": "recipe.alpha"}
 RENAMED |= {"score_threshold": "min_score"}
 

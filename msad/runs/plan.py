@@ -37,7 +37,9 @@ from msad.runs.folders import (
 from .settings import RecipeSettings, TrainSettings
 
 # %% ../../nbs/42_runs.plan.ipynb #5dbec766
-MODEL_DEFAULTS = {"backbone": "slimmable_resnet50", "neck_channels": 256, "head_convs": 4, "short_side": 800}
+MODEL_DEFAULTS = {
+    "backbone": "slimmable_resnet50", "neck_channels": 256, "head_convs": 4, "finest_stride": 4, "short_side": 800,
+}
 
 
 def read_defaults(
@@ -81,7 +83,7 @@ def check_fit(config: ModelConfig, images: CocoImages, weights: Weights | None, 
             f"weights: {weights.path} was trained with {weights.normalization} and the teacher with "
             f"{config.normalization}; give weights or a teacher of the same kind"
         )
-    for name in ("backbone", "width", "neck_channels", "head_convs", "class_names") if teacher else ():
+    for name in ("backbone", "width", "neck_channels", "head_convs", "finest_stride", "class_names") if teacher else ():
         theirs, ours = getattr(teacher, name), getattr(config, name)
         if theirs == ours or (name == "class_names" and has_classes(teacher, images.class_names)): continue
         theirs, ours = describe_difference(theirs, ours)

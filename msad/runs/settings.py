@@ -74,6 +74,7 @@ class TrainSettings(MachineSettings, RecipeSettings):
     width: float = 0.25  # of the backbone: 0.25, 0.5, 0.75 or 1.0
     backbone: str | None = None  # family of backbones; none: the teacher's or the weights', else slimmable_resnet50
     neck_channels: int | None = None  # of neck and head; none: the teacher's, the weights' or the data's, else 256
+    finest_stride: int | None = None  # of the low view's finest level: 2, 4 (as published) or 8; none: as neck_channels
     head_convs: int | None = None  # in each tower of the head; none: the teacher's, the weights' or the data's, else 4
     weights: str | None = None  # initial weights: slimmable ImageNet weights or a detector, ours or published
     teacher: str | None = None  # a student's: run folder or file, ours or published; none: runs/DATA/teacher-wWIDTH
