@@ -25,6 +25,7 @@ class Training(Protocol):
     "The part of a trainer that hooks read; `msad.engine.trainer.Trainer` has it."
 
     model: nn.Module  # a detector or a distillation
+    result: nn.Module  # the detector to evaluate and to keep
     optimizer: torch.optim.Optimizer
     recipe: Recipe
     folder: Path  # run folder
@@ -33,7 +34,7 @@ class Training(Protocol):
     losses: dict[str, Tensor]  # of the last update, scalars
     data_seconds: float  # waited for the last batch
 
-
+# %% ../../nbs/26_engine.hooks.ipynb #0dd32b04
 class Hook:
     "The moments of a training. A hook overrides those it needs."
 

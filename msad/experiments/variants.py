@@ -43,11 +43,10 @@ class UnshiftedTeacher(Teacher):
 class UnshiftedStudent(Student):
     "The low branch of an `UnshiftedTeacher`."
 
-    levels = HIGH_LEVELS
-
     def features(self, batch: Tensor) -> list[Tensor]:
         "Compute P3..P7 of the low view, resized to those of the high view."
-        return enlarge(super().features(batch), 2 * batch.shape[2], 2 * batch.shape[3])
+        levels = self.neck(self.backbone(batch), HIGH_LEVELS)
+        return enlarge(levels, 2 * batch.shape[2], 2 * batch.shape[3])
 
 # %% ../../nbs/61_experiments.variants.ipynb #ca37442a
 class EvenTeacher(Teacher):
@@ -65,7 +64,7 @@ def compose(kind: type[Detector], config: ModelConfig) -> Detector:
     teacher = build_model(replace(config, role="teacher"))
     parts = {name: getattr(teacher, name) for name in signature(kind).parameters}
     detector = kind(**parts)
-    if max(detector.levels) < 7: del detector.neck.p7
+    if kind is Student: del detector.neck.p7  # the others read it
     detector.config = replace(config, role="teacher" if "fusion" in parts else "student")
     return detector
 

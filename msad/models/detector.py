@@ -54,17 +54,8 @@ class Detector(nn.Module):
 
     def __init__(self, backbone: nn.Module, neck: FPN, head: FCOSHead, transform: InputTransform):
         super().__init__()
-        self.backbone, self.neck, self.head, self.transform = backbone, neck, head, transform
-
-    @property
-    def num_levels(self) -> int:
-        "Return the number of levels that the head reads."
-        return len(self.head.scales)
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        "Return the levels of the detector's view that the head reads."
-        return aligned_levels(self.view, self.num_levels)
+        self.backbone, self.neck, self.head = backbone, neck, head
+        self.transform, self.num_levels = transform, len(head.scales)
 
     def own_view(self, batch: Tensor) -> Tensor:
         "Take this detector's view of a batch (N×3×H×W) of the high view."
@@ -72,7 +63,7 @@ class Detector(nn.Module):
 
     def features(self, batch: Tensor) -> list[Tensor]:
         "Compute the maps that the head reads (N×C×H×W), from a batch of the detector's own view."
-        return self.neck(self.backbone(batch), self.levels)
+        return self.neck(self.backbone(batch), aligned_levels(self.view, self.num_levels))
 
     def head_losses(self, features: Sequence[Tensor], targets: Targets) -> dict[str, Tensor]:
         "Compute the head's losses on a pyramid; `_st` (for student, by the authors) goes behind their names."
@@ -176,11 +167,6 @@ class ModelConfig:
         check_config(self)
 
     @property
-    def num_levels(self) -> int:
-        "Return the number of levels of the pyramid."
-        return NUM_LEVELS[self.finest_stride]
-
-    @property
     def thresholds(self) -> Thresholds:
         "Return what limits the detections of an image."
         return Thresholds(*(getattr(self, name) for name in Thresholds._fields))
@@ -230,10 +216,10 @@ def build_model(
     kind = Teacher if config.role == "teacher" else Student
     backbone = BACKBONES[config.backbone].build(config.width)
     views = ("high", "low") if kind is Teacher else (kind.view,)
-    levels = [level for view in views for level in aligned_levels(view, config.num_levels)]
+    count, num_classes = NUM_LEVELS[config.finest_stride], len(config.class_names)
+    levels = [level for view in views for level in aligned_levels(view, count)]
     neck = FPN(backbone.channels, config.neck_channels, levels)
-    num_classes = len(config.class_names)
-    head = FCOSHead(config.neck_channels, num_classes, config.head_convs, config.thresholds, config.num_levels)
+    head = FCOSHead(config.neck_channels, num_classes, config.head_convs, config.thresholds, count)
     parts = [backbone, neck, head, InputTransform(config.normalization, config.pad)]
     if kind is Teacher: parts.append(CrossFusion(config.neck_channels))
     model = kind(*parts)

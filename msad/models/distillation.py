@@ -39,17 +39,13 @@ class Distillation(nn.Module):
 
     def __init__(self, student: Detector, teacher: Detector, alpha: float = 0.2):
         super().__init__()
-        self.student, self.teacher, self.alpha = student, teacher.requires_grad_(False), alpha
+        self.student, self.teacher = student, teacher.requires_grad_(False)
+        self.alpha, self.num_levels = alpha, student.num_levels
 
     @property
     def transform(self) -> InputTransform:
         "Return the student's transform."
         return self.student.transform
-
-    @property
-    def num_levels(self) -> int:
-        "Return the number of levels of both pyramids."
-        return self.student.num_levels
 
     def distance(self, features: Sequence[Tensor], fused: Sequence[Tensor]) -> Tensor:
         "Compute the distance of the student's maps from the teacher's."

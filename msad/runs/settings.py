@@ -39,6 +39,8 @@ class RecipeSettings:
     flips: str | None = None  # "horizontal", or "all" symmetries of a square, for pictures from above
     precision: str | None = None  # of the network: "fp32", "bf16" or "fp16"
     batch_norm: str | None = None  # "trained", or "fixed": its statistics stay those of the initial weights
+    max_grad_norm: float | None = None  # gradients are scaled down to this norm at most; 0: never
+    ema: float | None = None  # part of the run that a moving average of the weights reaches back over; 0: none
 
     @property
     def recipe_changes(self) -> dict:
@@ -97,7 +99,7 @@ class TrainSettings(MachineSettings, RecipeSettings):
 # %% ../../nbs/41_runs.settings.ipynb #8e9e5ac6
 FROM_ZERO = (
     "workers", "seed", "node_rank", "max_restarts", "warmup", "distillation_warmup", "alpha", "weight_decay",
-    "momentum", "score_thresh", "min_score", "nms_thresh",
+    "momentum", "max_grad_norm", "ema", "score_thresh", "min_score", "nms_thresh",
 )
 
 

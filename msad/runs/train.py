@@ -38,7 +38,7 @@ from ..evaluation.curves import plot_losses
 from ..evaluation.evaluator import Evaluation, evaluate_model, write_evaluation
 from ..evaluation.pictures import save_figure
 from ..models.detector import build_model, student_of
-from ..models.distillation import Distillation, trained_module
+from ..models.distillation import Distillation
 from .folders import display_path, lock_run_folder
 from .plan import Plan, plan_state, prepare
 from .settings import TrainSettings, read_settings_file, settings_dict
@@ -61,15 +61,15 @@ def initial_model(plan: Plan) -> tuple[torch.nn.Module, str]:
 class Validation:
     "The validation split, as the trainer evaluates on it; `last` is the latest evaluation, in process 0."
 
-    def __init__(self, plan: Plan, model: torch.nn.Module, images: CocoImages):
-        self.plan, self.model, self.images = plan, trained_module(model), images
+    def __init__(self, plan: Plan, images: CocoImages):
+        self.plan, self.images = plan, images
         self.last: Evaluation | None = None
 
-    def __call__(self, iteration: int) -> tuple[dict, Figure | None]:
-        "Evaluate the model: its metrics and a picture, in process 0."
+    def __call__(self, detector: torch.nn.Module, iteration: int) -> tuple[dict, Figure | None]:
+        "Evaluate a detector: its metrics and a picture, in process 0."
         config, at_the_end = self.plan.config, iteration == self.plan.recipe.iterations
         size, workers = (config.short_side, config.max_side), self.plan.settings.workers
-        self.last = evaluate_model(self.model, self.images, *size, workers, leave_bar=at_the_end)
+        self.last = evaluate_model(detector, self.images, *size, workers, leave_bar=at_the_end)
         return (self.last.metrics, self.last.figure) if self.last else ({}, None)
 
 
@@ -89,7 +89,7 @@ class BestModel(Hook):
         rows = read_log(trainer.folder, "evaluations.jsonl")
         earlier = [row["AP"] for row in rows if row["iteration"] < trainer.iteration]
         path = trainer.folder / "model_best.pth"
-        if not path.exists() or is_best(metrics["AP"], earlier): save_model(path, trained_module(trainer.model))
+        if not path.exists() or is_best(metrics["AP"], earlier): save_model(path, trainer.result)
 
 
 class Pictures(Hook):
@@ -132,7 +132,7 @@ def make_trainer(plan: Plan) -> Trainer:
     return Trainer(
         model, images, transform, recipe, settings.folder,
         hooks=[ProgressBar(), *([LogFile(), TensorBoard(), BestModel(), Pictures()] if rank() == 0 else [])],
-        evaluate=Validation(plan, model, val_images),
+        evaluate=Validation(plan, val_images),
         eval_every=settings.eval_every or max(300, recipe.iterations // 10),
         workers=settings.workers, accumulate=settings.accumulate, checkpoint_every=settings.checkpoint_every,
         keep_checkpoints=settings.keep_checkpoints,
@@ -152,7 +152,7 @@ def train_here(plan: Plan) -> None:
         trainer = make_trainer(plan)
         trainer.fit()
         if rank() == 0:
-            save_model(folder / "model_final.pth", trained_module(trainer.model))
+            save_model(folder / "model_final.pth", trainer.result)
             write_evaluation(folder, trainer.evaluate.last, iterations=plan.recipe.iterations)
 
 # %% ../../nbs/43_runs.train.ipynb #d6ff4b31
