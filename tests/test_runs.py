@@ -19,7 +19,7 @@ from msad.models.transform import CAFFE
 from msad.runs import evaluate as evaluate_program
 from msad.runs import train as train_program
 from msad.runs.evaluate import EvaluateSettings, evaluate
-from msad.runs.folders import default_folder, finished_runs, weights_file
+from msad.runs.folders import default_folder, finished_runs, run_images, weights_file
 from msad.runs.plan import prepare
 from msad.runs.settings import TrainSettings
 from msad.runs.train import initial_model, train
@@ -322,6 +322,82 @@ def test_unusable_boxes_are_counted_aloud(coco, tmp_path):
     assert "boxes that training drops as unusable: 3, or cuts at the border: 1" in str(plan)
 
 
+# A run belongs to the content of its data, and not to their path.
+
+
+def change_box(root, split):
+    path = root / "annotations" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"][0] += 1
+    path.write_text(json.dumps(content))
+
+
+def add_image(root, split):
+    write_coco(root, split, images=5)
+
+
+def replace_image(root, split):
+    Image.new("RGB", (96, 64)).save(root / split / "1.jpg")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change, split, message", [
+    (change_box, "train2017", "the annotations of train2017 changed since"),
+    (change_box, "val2017", "the annotations of val2017 changed since"),
+    (add_image, "train2017", "the annotations and image names and image sizes of train2017 changed since"),
+    (replace_image, "val2017", "the image sizes of val2017 changed since"),
+])
+def test_changed_data_are_another_run(finished, tmp_path, change, split, message):
+    data = shutil.copytree(finished / "data", tmp_path / "data")
+    folders = [shutil.copytree(finished / name, tmp_path / name) for name in ("teacher-w0.25", "student-w0.25")]
+    settings = teacher_settings(data, folders[0])
+    assert prepare(settings).state == "finished"  # the data moved and are the same
+    change(data, split)
+    for changed in (settings, replace(settings, iterations=6)):
+        with pytest.raises(ValueError, match=f"out: .*teacher-w0.25 holds another run .*{message}.*give another out"):
+            prepare(changed)
+    described = json.loads((folders[0] / "settings.json").read_text())
+    write_json(folders[0] / "settings.json", {name: described[name] for name in described if "content" not in name})
+    with pytest.raises(ValueError, match="holds another run .data: .*finished.* there, .* now"): prepare(settings)
+    write_json(folders[0] / "settings.json", {**described, "data": str(data)})
+    if split == "train2017": return
+    with pytest.raises(ValueError, match=f"runs: {message} .*was evaluated"): run_images(folders[0])
+    assert len(finished_runs(folders)) == 2
+    write_json(folders[0] / "settings.json", prepare(replace(settings, out=str(tmp_path / "new"))).description)
+    with pytest.raises(ValueError, match=f"different photographs .*{message}"):
+        finished_runs(folders[::-1])
+
+
+@pytest.mark.slow
+def test_evaluation_of_changed_data(finished, tmp_path):
+    data = shutil.copytree(finished / "data", tmp_path / "data")
+    size = dict(short_side=128, max_side=213, workers=0, devices="cpu")
+    settings = EvaluateSettings(model=str(finished / "student-w0.25"), data=str(data), out=str(tmp_path / "e"), **size)
+    evaluate(settings)
+    evaluate(settings)
+    change_box(data, "train2017")
+    evaluate(settings)  # not of these
+    change_box(data, "val2017")
+    with pytest.raises(ValueError, match="the annotations of val2017 changed since"): evaluate(settings)
+
+
+@pytest.mark.slow
+def test_default_teacher_of_data_that_changed(finished, tmp_path, monkeypatch):
+    (tmp_path / "data" / "trees" / "annotations").mkdir(parents=True)  # as a repository has it
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished / "teacher-w0.25", tmp_path / "runs" / "data" / "teacher-w0.25")
+    data = shutil.copytree(finished / "data", tmp_path / "moved" / "data")
+    settings = TrainSettings(role="student", data=str(data), **SMALL)
+    assert prepare(settings).teacher == tmp_path / "runs" / "data" / "teacher-w0.25" / "model_final.pth"
+    change_box(data, "val2017")
+    prepare(settings)
+    described = json.loads((tmp_path / "runs/data/teacher-w0.25/settings.json").read_text())
+    write_json(tmp_path / "runs/data/teacher-w0.25/settings.json", {**described, "data": str(data)})
+    change_box(data, "train2017")
+    with pytest.raises(ValueError, match="was trained on other data: the annotations of train2017 changed since; give"):
+        prepare(settings)
+
+
 # Bad input: each is a sentence before any work, and nothing is written.
 
 
@@ -438,7 +514,7 @@ def test_default_teacher_of_other_data_with_the_same_name(finished, tmp_path, mo
     shutil.copytree(finished / "teacher-w0.25", tmp_path / "runs" / "data" / "teacher-w0.25")
     settings = TrainSettings(role="student", data=str(finished / "data"), **SMALL)
     assert prepare(settings).teacher == tmp_path / "runs" / "data" / "teacher-w0.25" / "model_final.pth"
-    for split in ("train2017", "val2017"): write_coco(tmp_path / "other" / "data", split)
+    for split in ("train2017", "val2017"): write_coco(tmp_path / "other" / "data", split, images=5)
     with pytest.raises(ValueError, match="teacher: .*was trained on .*finished.*/data and not on .*other/data; give"):
         prepare(replace(settings, data=str(tmp_path / "other" / "data")))
 
@@ -519,7 +595,7 @@ def test_long_lists_of_classes_are_told_apart(tmp_path):
     config = ModelConfig("teacher", 0.25, tuple(names), tuple(range(20)), 64, 1, 128, 213)
     save_model(tmp_path / "teacher.pth", build_model(config))
     renamed = [*names[:12], "oak", *names[13:]]
-    for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split, ids=range(20), names=renamed)
+    for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split, 10, ids=range(20), names=renamed)
     data, file = str(tmp_path / "data"), str(tmp_path / "teacher.pth")
     theirs, ours = r"… 'species 12' \(number 13 of 20\)", r"… 'oak' \(number 13 of 20\)"
     with pytest.raises(ValueError, match=f"has the classes {theirs} and .*val2017.json has {ours}; give a model"):
@@ -544,8 +620,9 @@ def test_validation_without_objects_gives_null(coco, tmp_path):
 @pytest.mark.slow
 def test_runs_to_compare(finished, coco, tmp_path):
     assert len(finished_runs([finished / "teacher-w0.25", finished / "student-w0.25"])) == 2
+    write_coco(coco, "val2017", images=5)
     train(teacher_settings(coco, tmp_path / "other"))
-    with pytest.raises(ValueError, match="different photographs"):
+    with pytest.raises(ValueError, match=r"different photographs \(val_split|different photographs \(data: .*finished"):
         finished_runs([finished / "teacher-w0.25", tmp_path / "other"])
     with pytest.raises(FileNotFoundError, match="no settings.json"): finished_runs([tmp_path])
 

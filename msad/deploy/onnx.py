@@ -22,14 +22,15 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from ..data.files import write_atomically
 from ..data.images import CocoImages
+from ..data.layouts import read_split
 from ..data.transforms import EvalTransform
 from ..engine.weights import load_model
 from ..models.detector import Detector, set_thresholds
 from ..models.postprocess import Thresholds
 from ..models.targets import HeadOutputs, decode_boxes, make_locations
 from ..models.transform import InputTransform
-from ..runs.folders import data_folder, detector_file, display_path
-from ..runs.settings import check_types
+from ..runs.folders import detector_file, display_path
+from ..runs.settings import check_types, data_beside, val_path
 
 # %% ../../nbs/53_deploy.onnx.ipynb #4114e6b3
 def normalized(
@@ -277,21 +278,24 @@ class ExportSettings:
     nms_thresh: float | None = None  # IoU above which the weaker of two boxes of a class is dropped
     topk_candidates: int | None = None  # kept of each level before NMS
     detections_per_img: int | None = None  # kept after NMS: the number of boxes that the file returns
-    data: str = "trees"  # photographs to compare on: "trees" for the bundled ones, or a folder in COCO layout
-    val_split: str = "val2017"  # annotations/instances_SPLIT.json and SPLIT/
+    data: str = "trees"  # photographs to compare on: "trees" for the bundled ones, or a folder of any layout
+    val_split: str | None = None  # name of the split to compare on; none: the one on which training evaluates
+    val_annotations: str | None = None  # COCO's file or a folder of Pascal VOC's to compare on; none: found in data
+    val_images: str | None = None  # folder of their images; none: found
     num_images: int = 16  # how many photographs
 
     def __post_init__(self):
         check_types(self)
+        object.__setattr__(self, "data", data_beside(self.data, self.val_annotations))
 
-
+# %% ../../nbs/53_deploy.onnx.ipynb #3068ac49
 def export(
     settings: ExportSettings,
 ) -> Path:  # of the file
     "Write a detector as an ONNX file with `export_onnx`, and compare both. Raises a `RuntimeError` when they differ."
     require("onnxruntime", "the comparison")
     source = detector_file(settings.model)
-    photographs = CocoImages(data_folder(settings.data), settings.val_split)
+    photographs = CocoImages(read_split(val_path(settings)))
     thresholds = {name: getattr(settings, name) for name in Thresholds._fields}
     file = Path(settings.out).expanduser().resolve() if settings.out else source.with_name("model.onnx")
     export_onnx(source, file, **thresholds)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLES', 'HELD_OUT', 'BETWEEN', 'AblationSettings', 'common_settings', 'recipe_of', 'config_of', 'list_runs',
            'check_ablation', 'run_folder', 'initial_model', 'train_variant', 'write_held_out', 'results_file',
-           'read_results', 'add_result', 'missing_runs', 'progress_text', 'prepare_data', 'run_ablation', 'try_run']
+           'read_results', 'check_content', 'add_result', 'missing_runs', 'progress_text', 'prepare_data',
+           'run_ablation', 'try_run']
 
 # %% ../../nbs/62_experiments.ablation.ipynb #8b1cec11
 import json
@@ -21,7 +22,7 @@ from torch import nn
 
 from ..data.files import read_json, write_atomically, write_json
 from ..data.images import CocoImages
-from ..data.summary import check_data
+from ..data.summary import check_images
 from ..data.transforms import TrainTransform
 from ..engine.distributed import resolve_device
 from ..engine.hooks import LogFile, read_log
@@ -44,6 +45,7 @@ from msad.runs.folders import (
     lock_run_folder,
     runs_folder,
 )
+from ..runs.plan import content_of
 from ..runs.settings import check_types
 
 # %% ../../nbs/62_experiments.ablation.ipynb #a4304128
@@ -51,7 +53,7 @@ from ..runs.settings import check_types
 class AblationSettings:
     "An ablation to be done. Raises a `ValueError` that names the field."
 
-    data: str = "trees"  # or "held-out", "synthetic", or a folder in COCO layout
+    data: str = "trees"  # or "held-out", "synthetic", or a folder of any layout
     train_split: str = "train2017"
     val_split: str = "val2017"
     width: float = 0.25
@@ -157,8 +159,9 @@ def train_variant(
     model = initial_model(settings, name, seed, config_of(settings, images.class_names, images.category_ids))
     detector = trained_module(model)
     description = {
-        "variant": name, "role": role, "data": data_name(images.folder.parent), "val_split": settings.val_split,
-        "seed": seed, "shared": common_settings(settings), "model": detector.config.to_dict(), "recipe": asdict(recipe),
+        "variant": name, "role": role, "data": data_name(prepare_data(settings.data)),
+        **content_of(images, val_images), "seed": seed, "shared": common_settings(settings),
+        "model": detector.config.to_dict(), "recipe": asdict(recipe),
     }
     finished = folder_state(folder, description) == "finished"
     if finished and (folder / "weights.pth").is_file(): return read_json(folder / "metrics.json")
@@ -209,14 +212,23 @@ def read_results(settings: AblationSettings) -> list[dict]:  # `variant`, `seed`
     return contents["runs"]
 
 
-def add_result(settings: AblationSettings, row: dict) -> None:
+def check_content(settings: AblationSettings, data_content: dict) -> None:
+    "Raise a `ValueError` when the file of results has those of data that changed since."
+    path = results_file(settings)
+    there = read_json(path).get("content", {}) if path.exists() else {}
+    if text := "; ".join(differences({**data_content, **there}, data_content).values()):
+        raise ValueError(f"results: {path} has results of other data ({text}); give another file")
+
+
+def add_result(settings: AblationSettings, row: dict, data_content: dict) -> None:
     "Add a row to the file of results, in the place of an earlier one of its variant and seed; several processes may."
     path, order = results_file(settings), list(VARIANTS)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         rows = {(row["seed"], order.index(row["variant"])): row for row in (*read_results(settings), row)}
         lines = ",\n".join(json.dumps(row, allow_nan=False) for _, row in sorted(rows.items()))
-        text = f'{{"settings": {json.dumps(common_settings(settings))},\n"runs": [\n{lines}\n]}}\n'
+        head = f'"settings": {json.dumps(common_settings(settings))},\n"content": {json.dumps(data_content)}'
+        text = f'{{{head},\n"runs": [\n{lines}\n]}}\n'
         write_atomically(path, lambda file: file.write(text.encode()))
 
 # %% ../../nbs/62_experiments.ablation.ipynb #75c57ae6
@@ -255,8 +267,8 @@ def run_ablation(settings: AblationSettings) -> list[dict]:  # see `read_results
     "Train and evaluate all that is missing. Raises `FileNotFoundError` or `ValueError` with the parameter and cure."
     data, splits = prepare_data(settings.data), (settings.train_split, settings.val_split)
     images = [CocoImages(data, split) for split in splits]
-    for part, split in zip(images, splits, strict=True):
-        check_data(data, split, training=part is images[0], decode=False, coco=part.coco)
+    for part in images: check_images(part, training=part is images[0], decode=False)
+    check_content(settings, content_of(*images))
     while todo := missing_runs(settings, read_results(settings)):
         free = [(name, seed) for name, seed in todo if (VARIANTS[name].parent, seed) not in todo]
         if not any(try_run(settings, *run, *images) for run in free): time.sleep(5)
@@ -271,7 +283,7 @@ def try_run(settings: AblationSettings, name: str, seed: int, images: CocoImages
             print(f"{progress_text(settings)}\n{VARIANTS[name].title}, seed {seed}", flush=True)
             metrics = train_variant(settings, name, seed, images, val_images)
             run = {"variant": name, "seed": seed, "alpha": recipe_of(settings, name).alpha}
-            add_result(settings, {**run, **metrics})
+            add_result(settings, {**run, **metrics}, content_of(images, val_images))
             return True
     except FolderInUse:
         return False

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL_DEFAULTS', 'read_defaults', 'model_config', 'check_fit', 'base_recipe', 'resolve_recipe', 'Plan',
-           'describe_devices', 'notes', 'describe', 'find_teacher', 'read_splits', 'check_batch_norm', 'prepare',
+           'count_processes', 'describe_devices', 'notes', 'describe', 'content_of', 'other_data', 'find_teacher',
+           'read_images', 'leave_out_classes', 'box_oddities', 'find_oddities', 'check_batch_norm', 'prepare',
            'plan_state']
 
 # %% ../../nbs/42_runs.plan.ipynb #0b6a586a
@@ -12,18 +13,25 @@ import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from ..data.annotations import usable_boxes
 from ..data.files import data_defaults
-from ..data.images import CocoImages
-from ..data.summary import check_data
+from ..data.images import CocoImages, resized_size
+from ..data.layouts import read_splits, without_classes
+from ..data.summary import check_images, content, shared_files, unused_classes
 from ..data.transforms import TrainTransform
 from ..engine.distributed import is_launched, num_processes, resolve_device
 from ..engine.published import has_classes
 from ..engine.recipe import Recipe, adapt, find_recipe, unknown_name
 from ..engine.weights import Weights, load_model, load_weights, read_weights
 from ..models.detector import ModelConfig, build_model, scaled_max_side
+from ..models.targets import STRIDES
 from msad.runs.folders import (
+    change_text,
+    changed_content,
+    current,
     data_folder,
     data_name,
     default_folder,
@@ -34,7 +42,7 @@ from msad.runs.folders import (
     read_settings,
     weights_file,
 )
-from .settings import RecipeSettings, TrainSettings
+from .settings import EXPLICIT, RecipeSettings, TrainSettings, settings_dict, split_paths
 
 # %% ../../nbs/42_runs.plan.ipynb #5dbec766
 MODEL_DEFAULTS = {
@@ -128,7 +136,9 @@ class Plan:
     recipe: Recipe
     images: CocoImages  # to learn from
     val_images: CocoImages
-    summaries: tuple
+    summaries: tuple  # of both splits
+    content: dict  # of `content_of`
+    oddities: tuple[str, ...]  # of the data
     state: str  # of the run folder: "new", "unfinished" or "finished"
     weights: Weights | None
     teacher: Path | None  # a student's teacher, there already or to be
@@ -138,10 +148,9 @@ class Plan:
     @property
     def description(self) -> dict:
         "Collect the content of `settings.json`: everything that the result depends on."
-        names = ("role", "train_split", "val_split", "seed", "reduced_decoding")
-        return {
-            **{name: getattr(self.settings, name) for name in names},
-            "data": data_name(self.settings.data),
+        given = settings_dict(self.settings)
+        return self.content | {
+            **{name: given[name] for name in ("role", "data", "seed", "reduced_decoding", *EXPLICIT)},
             "width": self.config.width,
             "weights": self.weights and file_description(self.weights.path),
             "teacher": self.teacher and file_description(self.teacher),
@@ -159,6 +168,11 @@ class Plan:
         return "\n".join(describe(self))
 
 # %% ../../nbs/42_runs.plan.ipynb #af12efc9
+def count_processes(settings: TrainSettings) -> int:
+    "Count the processes of a run on all machines."
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else num_processes(settings.devices) * settings.nnodes
+
+
 def describe_devices(plan: Plan) -> str:
     "Describe on what a run runs."
     kind, settings = resolve_device(plan.settings.devices).type, plan.settings
@@ -195,6 +209,7 @@ def describe(plan: Plan) -> list[str]:
         f"{settings.role} of width {config.width:g}: {config.neck_channels} neck channels, {classes}, "
         f"test size {config.short_side} (at most {config.max_side}), padded to {config.pad}",
         *map(str, plan.summaries),
+        *plan.oddities,
     ]
     if plan.teacher_plan:
         lines.append(f"no finished teacher at {display_path(plan.teacher.parent)}: it is trained first, like this:")
@@ -211,7 +226,31 @@ def describe(plan: Plan) -> list[str]:
     ]
 
 # %% ../../nbs/42_runs.plan.ipynb #ade8258a
-def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
+def content_of(images: CocoImages, val_images: CocoImages) -> dict[str, str | dict]:
+    "Collect names and fingerprints of both splits for `settings.json`."
+    learned = content(images)
+    asked = learned if val_images is images else content(val_images)
+    names = {"train_split": images.split.name, "val_split": val_images.split.name}
+    return {**names, "train_content": learned, "val_content": asked}
+
+
+def other_data(
+    theirs: dict,  # `settings.json` of a teacher
+    data: str,  # name of the student's data
+    data_content: dict,  # of `content_of`
+) -> str | None:
+    "Describe on what a teacher was trained if it is not what its student learns from."
+    there = current(theirs)
+    changed = changed_content(there, current(data_content), "train")
+    if changed == [] or (changed is None and there.get("data") == data): return None
+    if there.get("data") != data: return f"{there.get('data')} and not on {data}"
+    return f"other data: {change_text(changed, there['train_split'])}"
+
+# %% ../../nbs/42_runs.plan.ipynb #bd8208ab
+def find_teacher(
+    settings: TrainSettings,
+    data_content: dict,  # of `content_of`
+) -> tuple[Path, Plan | None]:
     """Find the file of a student's teacher and, where it is missing and can be trained here and now, plan it.
 
     Raises `FileNotFoundError` when the default one is missing and the data are not the bundled photographs, and a
@@ -221,11 +260,10 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
     folder = default_folder(settings.data, "teacher", settings.width)
     file, data = folder / "model_final.pth", data_name(settings.data)
     if all(path.is_file() for path in (file, folder / "metrics.json", folder / "settings.json")):
-        theirs = read_settings(folder, "teacher").get("data")
-        if theirs == data: return file, None
+        if not (problem := other_data(read_settings(folder, "teacher"), data, data_content)): return file, None
         raise ValueError(
-            f"teacher: the one in the default place, {folder}, was trained on {theirs} and not on {data}; "
-            "give the one to learn from"
+            f"teacher: the one in the default place, {folder}, was trained on {problem}; give the one to learn from, "
+            "or move that folder away and train it again"
         )
     if data != "trees":
         command = f"msad train --role teacher --data '{settings.data}' --width {settings.width:g}"
@@ -242,14 +280,14 @@ def find_teacher(settings: TrainSettings) -> tuple[Path, Plan | None]:
         ) from None
 
 # %% ../../nbs/42_runs.plan.ipynb #28d079a4
-def read_splits(settings: TrainSettings) -> tuple[CocoImages, CocoImages, tuple]:
+def read_images(settings: TrainSettings) -> tuple[CocoImages, CocoImages, tuple]:
     "Read and check both splits: the images to learn from, those to evaluate on, and their summaries."
-    data = data_folder(settings.data)
-    images = CocoImages(data, settings.train_split)
-    summaries = [check_data(data, settings.train_split, training=True, decode=False, coco=images.coco)]
-    if settings.val_split == settings.train_split: return images, images, tuple(summaries)
-    val_images = CocoImages(data, settings.val_split)
-    summaries.append(check_data(data, settings.val_split, decode=False, coco=val_images.coco))
+    train, val = read_splits(*split_paths(settings))
+    images, first = CocoImages(train), not is_launched() or os.environ["RANK"] == "0"
+    summaries = [check_images(images, training=True, decode=False, headers=first)]
+    if val is train: return images, images, tuple(summaries)
+    val_images = CocoImages(val)
+    summaries.append(check_images(val_images, decode=False, headers=first))
     if (val_images.category_ids, val_images.class_names) != (images.category_ids, images.class_names):
         raise ValueError(
             f"val_split: {val_images.annotation_file} lists other categories than {images.annotation_file}; "
@@ -257,7 +295,62 @@ def read_splits(settings: TrainSettings) -> tuple[CocoImages, CocoImages, tuple]
         )
     return images, val_images, tuple(summaries)
 
+# %% ../../nbs/42_runs.plan.ipynb #89e6b83d
+def leave_out_classes(
+    settings: TrainSettings,
+    images: CocoImages,
+    val_images: CocoImages,
+    like: ModelConfig | None,  # of a teacher or of weights, which may know all classes
+) -> tuple[CocoImages, CocoImages, list[str]]:  # both splits, and a line if there are such classes
+    "Leave out the classes that have no box in either split, unless they are asked for, or a teacher knows them."
+    all_names = dict(zip(images.category_ids, images.class_names, strict=True))
+    known = like.class_names if like and settings.role == "student" else ()
+    unused = {i for i in unused_classes(images, val_images) if all_names[i] not in known}
+    asked_for = settings.keep_empty_classes or (like and has_classes(like, images.class_names))
+    if asked_for or not unused: return images, val_images, []
+    names = [all_names[i] for i in sorted(unused)]
+    learned = CocoImages(without_classes(images.split, unused))
+    asked = learned if val_images is images else CocoImages(without_classes(val_images.split, unused))
+    line = f"no box in either split, left out (keep_empty_classes learns them too): {', '.join(names)}"
+    return learned, asked, [line if len(line) <= 300 else f"{line[:299]}…"]
 
+# %% ../../nbs/42_runs.plan.ipynb #3e8e1833
+def box_oddities(
+    images: CocoImages,  # to learn from
+    config: ModelConfig,
+) -> list[str]:
+    """Tell how many boxes no location of the network lies in, since nothing can learn those.
+
+    Raises a `ValueError` when half of the boxes are smaller than a pixel, as fractions of the image are.
+    """
+    boxes, usable = usable_boxes(images.boxes, images.sizes[images.owner])
+    sizes, which = np.unique(images.sizes, axis=0, return_inverse=True)
+    resized = np.array([resized_size(*size, config.short_side, config.max_side) for size in sizes.tolist()])
+    scales = (resized / sizes)[which.ravel()][images.owner][:, ::-1]
+    good = usable & ~images.iscrowd
+    low, high = boxes[good, :2] * scales[good], boxes[good, 2:] * scales[good]
+    median, at = float(np.median((high - low).min(axis=1))), f"at the test size {config.short_side}"
+    if median < 1:
+        raise ValueError(
+            f"{images.annotation_file}: the median side of a box is {median:.2g} pixels of the network {at}; write "
+            "boxes in pixels of the image (not as fractions of it), or choose a larger short_side"
+        )
+    # Locations are at 4, 12, 20 and so on.
+    between = np.ceil(high / STRIDES[0] - 0.5) - np.floor(low / STRIDES[0] - 0.5) - 1
+    lost = int((between < 1).any(axis=1).sum())
+    if not lost: return []
+    return [f"{lost:,} of {len(low):,} boxes are too small to be learned {at}: no location of the network is in them"]
+
+
+def find_oddities(images: CocoImages, val_images: CocoImages, config: ModelConfig) -> list[str]:
+    "List what is odd about two splits for a model. Raises a `ValueError` when it would spoil the run."
+    found = box_oddities(images, config)
+    if val_images is images or not (shared := shared_files(images, val_images)): return found
+    pair = " and ".join(shared[0])
+    learned = "files in both splits, so that the evaluation asks for what was learned"
+    return [*found, f"{learned}: {len(shared)}, such as {pair}"]
+
+# %% ../../nbs/42_runs.plan.ipynb #7113bbad
 def check_batch_norm(plan: Plan) -> None:
     "Raise a `ValueError` when BatchNorm would have nothing to compute its statistics from."
     smallest = TrainTransform(plan.config.short_side, plan.config.max_side).short_sides[0]
@@ -279,27 +372,32 @@ def prepare(
 
     Raises `FileNotFoundError` or `ValueError`, each a sentence that names the parameter or file and the cure.
     """
-    images, val_images, summaries = read_splits(settings)
+    images, val_images, summaries = read_images(settings)
+    data_content = content_of(images, val_images)
     defaults = read_defaults(data_folder(settings.data))
     weights = read_weights(weights_file(settings.weights), "weights") if settings.weights else None
     teacher = teacher_plan = teacher_config = None
     if settings.role == "student":
-        teacher, teacher_plan = find_teacher(settings)
+        teacher, teacher_plan = find_teacher(settings, data_content)
         if teacher_plan: teacher_config = teacher_plan.config
         else: teacher_config = load_model(teacher, parameter="teacher", role="teacher").config
+    like = teacher_config or (weights and weights.config)
+    images, val_images, left_out = leave_out_classes(settings, images, val_images, like)
     config = model_config(settings, images, defaults, weights, teacher_config)
+    oddities = (*left_out, *find_oddities(images, val_images, config))
     with torch.device("meta"): model = build_model(config)
     if weights: load_weights(model.to_empty(device="cpu"), weights)
-    processes = int(os.environ["WORLD_SIZE"]) if is_launched() else num_processes(settings.devices) * settings.nnodes
+    processes = count_processes(settings)
     recipe = resolve_recipe(settings, defaults, processes)
     plan = Plan(
-        settings, config, recipe, images, val_images, summaries, "new", weights, teacher, teacher_plan, processes
+        settings, config, recipe, images, val_images, summaries, data_content, oddities, "new", weights, teacher,
+        teacher_plan, processes,
     )
     check_batch_norm(plan)
     # Process 0 may be at work in the folder while others come this far; it is the one to look.
     return plan if is_launched() and os.environ["RANK"] != "0" else replace(plan, state=plan_state(plan))
 
-
+# %% ../../nbs/42_runs.plan.ipynb #729bac69
 def plan_state(plan: Plan) -> str:
     "Find out how far a run got in its folder; a teacher that is still missing is taken for the one that was."
     description, recorded = plan.description, plan.settings.folder / "settings.json"
