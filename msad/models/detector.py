@@ -276,7 +276,7 @@ def check_config(
     "Raise a `ValueError` that names the first field whose value makes no sense, and the cure."
     for name, choices in (("role", ROLES), ("backbone", tuple(BACKBONES))):
         value = getattr(config, name)
-        if value not in choices: raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+        if value not in choices: raise ValueError(f"{name} is {value!r:.60}: choose one of {', '.join(choices)}")
     width_index(config.width, BACKBONES[config.backbone].widths)
     check_values(config)
     if len(config.class_names) != len(config.category_ids) or not config.class_names:
