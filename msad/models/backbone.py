@@ -160,7 +160,7 @@ def width_index(
 ) -> int:
     "Find the position of `width` among `widths`; raises a `ValueError` that lists them if it is none of them."
     if width not in widths:
-        raise ValueError(f"width is {width!r}: choose one of {', '.join(map(str, widths))}")
+        raise ValueError(f"width is {width!r:.60}: choose one of {', '.join(map(str, widths))}")
     return list(widths).index(width)
 
 

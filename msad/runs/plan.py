@@ -53,11 +53,14 @@ MODEL_DEFAULTS = {
 def read_defaults(
     data: str | Path,  # data folder
 ) -> dict:
-    "Read the defaults of a data folder. Raises a `ValueError` for a name that has none."
+    "Read the defaults of a data folder. Raises a `ValueError` for a name that has none, or a wrong value."
     defaults = data_defaults(data)
     known = [*MODEL_DEFAULTS, *(field.name for field in fields(RecipeSettings))]
     for name in defaults:
         if name not in known: raise ValueError(f"{data}/msad.json: {unknown_name(name, known)}")
+    defaults = {name: value for name, value in defaults.items() if value is not None}
+    try: TrainSettings(role="student", **defaults)
+    except ValueError as error: raise ValueError(f"{data}/msad.json: {error}") from None
     return defaults
 
 # %% ../../nbs/42_runs.plan.ipynb #e77d3fe0

@@ -30,7 +30,7 @@ from msad.engine.distributed import (
     rank,
     resolve_device,
 )
-from ..engine.hooks import Hook, LogFile, TensorBoard, Training, read_log
+from ..engine.hooks import Hook, LogFile, TensorBoard, Training, optional_picture, read_log
 from ..engine.launcher import LAUNCHER, exit_on_user_error, launch, worker
 from ..engine.trainer import ProgressBar, Trainer, seconds_per_step
 from ..engine.weights import load_model, load_weights, save_model
@@ -98,8 +98,10 @@ class Pictures(Hook):
     def after_evaluation(self, trainer: Training, metrics: dict, figure: Figure | None) -> None:
         "Draw the losses so far, the metrics so far and some detections."
         figures, evaluations = trainer.folder / "figures", read_log(trainer.folder, "evaluations.jsonl")
-        save_figure(plot_losses(read_log(trainer.folder), evaluations), figures / "losses.png")
-        save_figure(figure, figures / "detections.png", dpi=90)
+        with optional_picture("losses.png"):
+            save_figure(plot_losses(read_log(trainer.folder), evaluations), figures / "losses.png")
+        if figure:
+            with optional_picture("detections.png"): save_figure(figure, figures / "detections.png", dpi=90)
         tqdm.write(f"iteration {trainer.iteration:,}: AP {metrics['AP']:.1f}, AP50 {metrics['AP50']:.1f}")
 
 # %% ../../nbs/43_runs.train.ipynb #66f047fa
@@ -123,6 +125,7 @@ def make_trainer(plan: Plan) -> Trainer:
     "Build model, data and hooks of a run."
     settings, recipe, size = plan.settings, plan.recipe, (plan.config.short_side, plan.config.max_side)
     model, text = initial_model(plan)
+    if list_checkpoints(settings.folder): text = "The weights are those of the last checkpoint"
     if local_rank() == 0: print(text)
     model = model.to(resolve_device(settings.devices), memory_format=torch.channels_last)
     images, val_images = plan.images, plan.val_images
