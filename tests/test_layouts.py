@@ -190,6 +190,9 @@ def test_explicit_paths_win(tmp_path):
     assert (train.split, val.split) == ("train", "mine")
     split = read_split(val)
     assert split.folder == tmp_path / "photographs" and boxes_read(split) == {s: true_boxes(s) for s in SPLITS["test"]}
+    for share in (dict(train="mine:rest"), dict(val="mine:held-out")):
+        train, val = find_splits(tmp_path, train_annotations=str(tmp_path / "mine.json"), **share)
+        assert (train.split, val.split, train.annotations) == ("mine:rest", "mine:held-out", val.annotations)
     train, val = find_splits(tmp_path, train_annotations=str(SOURCE / "Annotations"))
     assert (train.split, val.split) == ("Annotations:rest", "Annotations:held-out")
     assert [len(part.paths) for part in read_splits(train, val)] == [4, 2]
@@ -327,7 +330,7 @@ def test_yolo_photographs_that_lie_on_their_side_or_have_no_labels(yolo):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(SOURCE / f"JPEGImages/{first}.jpg").save(yolo / f"images/train/{first}.jpg", exif=exif)
-    (yolo / f"labels/train/{first}.txt").write_text("1 0.5 0.5 0.5 0.25\n")
+    (yolo / f"labels/train/{first}.txt").write_text("1 0.5 0.5 0.5 0.25\n", encoding="utf-8-sig")
     (yolo / f"labels/train/{second}.txt").unlink()
     images = CocoImages(yolo, "train")
     assert images.sizes.tolist() == [[640, 480], [480, 640], [480, 640]]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from msad.data.files import write_json
 from msad.data.images import read_image_and_size
+from msad.data.loaders import training_indices
 from msad.engine.checkpoint import list_checkpoints
 from msad.engine.hooks import read_log
 from msad.engine.weights import load_model, read_weights, save_model
@@ -396,6 +397,52 @@ def test_default_teacher_of_data_that_changed(finished, tmp_path, monkeypatch):
     change_box(data, "train2017")
     with pytest.raises(ValueError, match="was trained on other data: the annotations of train2017 changed since; give"):
         prepare(settings)
+
+
+# Photographs without objects.
+
+
+def add_empty_images(root, split, count):
+    path = root / "annotations" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    for i in range(101, 101 + count):
+        content["images"].append({"id": i, "file_name": f"{i}.jpg", "width": 96, "height": 64})
+        Image.new("RGB", (96, 64), (0, i, 0)).save(root / split / f"{i}.jpg")
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("count, change, learned", [
+    (3, {}, 3), (9, {}, 4), (3, dict(empty_images=False), 0), (3, dict(recipe="published", lr=1e-3), 0),
+    (3, dict(recipe="published", empty_images=True), 3),
+])
+def test_photographs_without_objects(coco, tmp_path, count, change, learned):
+    add_empty_images(coco, "train2017", count)
+    plan = prepare(teacher_settings(coco, tmp_path / "run", **{"recipe": "small", **change}))
+    assert f"photographs without objects (empty_images): {learned} of {count} are learned from" in str(plan)
+    assert len(training_indices(plan.images, plan.recipe.empty_images)) == 4 + learned
+    assert plan.recipe.empty_images == (learned > 0)
+
+
+def test_without_such_photographs_nothing_differs(coco, tmp_path):
+    plans = [prepare(teacher_settings(coco, tmp_path / "run", empty_images=empty)) for empty in (True, False)]
+    assert plans[0].description == plans[1].description and "photographs without objects" not in str(plans[0])
+    with pytest.raises(ValueError, match="empty_images is 1: write True or False"):
+        teacher_settings(coco, tmp_path / "run", empty_images=1)
+
+
+@pytest.mark.slow
+def test_batches_without_any_object_are_learned_from(finished, tmp_path):
+    data = shutil.copytree(finished / "data", tmp_path / "data")
+    add_empty_images(data, "train2017", 4)
+    common = dict(empty_images=True, batch_size=1, iterations=8, short_side=160, max_side=213)
+    teacher = train(teacher_settings(data, tmp_path / "teacher", **common))
+    places = dict(data=str(data), teacher=str(teacher), weights=None)
+    student = train(replace(student_settings(finished, tmp_path / "student", **common), **places))
+    for folder in (teacher, student):
+        rows = read_log(folder)
+        assert len(rows) == 8 and all(0 < row["loss"] < 100 for row in rows)
+        without = [all(value == 0 for name, value in row.items() if name.startswith("loss_fcos_loc")) for row in rows]
+        assert sum(without) == 4
 
 
 # Bad input: each is a sentence before any work, and nothing is written.

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'TRAIN', 'VAL', 'LAYOUTS', 'REST', 'HELD_OUT', 'Split', 'plain_name', 'files_below', 'locate', 'make_split',
-           'read_orientation', 'image_size', 'roboflow_files', 'instances_files', 'cvat_files', 'json_files',
-           'holds_coco', 'split_word', 'image_folder', 'read_coco', 'read_yaml', 'yolo_files', 'yolo_places',
-           'yolo_classes', 'yolo_images', 'label_file', 'read_label_file', 'read_yolo', 'coco_dataset', 'voc_files',
-           'VocFile', 'read_voc_file', 'first_pixel', 'coco_box', 'read_voc', 'Layout', 'find_layout',
-           'groups_of_copies', 'part_of', 'without_classes', 'hold_out', 'SplitPath', 'read_split', 'read_splits',
-           'pick', 'only', 'find_splits']
+           'read_orientation', 'image_size', 'folders_in', 'roboflow_files', 'instances_files', 'cvat_files',
+           'json_files', 'holds_coco', 'split_word', 'image_folder', 'read_coco', 'read_yaml', 'yolo_files',
+           'yolo_places', 'yolo_classes', 'read_lines', 'yolo_images', 'label_file', 'read_label_file', 'read_yolo',
+           'coco_dataset', 'voc_files', 'VocFile', 'read_voc_file', 'first_pixel', 'coco_box', 'read_voc', 'Layout',
+           'find_layout', 'groups_of_copies', 'part_of', 'without_classes', 'hold_out', 'SplitPath', 'read_split',
+           'read_splits', 'pick', 'only', 'find_splits', 'shares_of']
 
 # %% ../../nbs/12_data.layouts.ipynb #c9ce49b0
 import os
@@ -135,10 +135,15 @@ TRAIN = ("train2017", "train", "trainval")  # splits to learn from, the first th
 VAL = ("val2017", "valid", "val", "test")  # splits to evaluate on
 
 
+def folders_in(folder: Path) -> list[Path]:
+    "List the folders in a folder, of which there are few, even where there are a hundred thousand images."
+    return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+
+
 def roboflow_files(root: Path) -> dict[str, Path]:
     "Find the annotation files of Roboflow's COCO export, by split."
     name = "_annotations.coco.json"
-    files = {folder.name: folder / name for folder in sorted(root.iterdir()) if (folder / name).is_file()}
+    files = {folder.name: folder / name for folder in folders_in(root) if (folder / name).is_file()}
     return {"train": root / name} if not files and (root / name).is_file() else files
 
 
@@ -153,13 +158,13 @@ def cvat_files(root: Path) -> dict[str, Path]:
     files = instances_files(root)
     return files if set(files) == {"default"} else {}
 
-
+# %% ../../nbs/12_data.layouts.ipynb #b2be9981
 def json_files(root: Path) -> dict[str, Path]:
     "Find JSON files that hold COCO's lists, by their names, or by the names of their folders."
     for folder in (root / "annotations", root):
         files = [file for file in sorted(folder.glob("*.json")) if file.name != "msad.json" and holds_coco(file)]
         if files: return {file.stem: file for file in files}
-    files = [(folder, [*folder.glob("*.json")]) for folder in sorted(root.iterdir()) if folder.is_dir()]
+    files = [(folder, [*folder.glob("*.json")]) for folder in folders_in(root)]
     return {folder.name: found[0] for folder, found in files if len(found) == 1 and holds_coco(found[0])}
 
 
@@ -185,7 +190,7 @@ def image_folder(
     "Find the folder of a split's images. Raises FileNotFoundError, with what was looked for, if none holds any."
     named = [base / part for part in (name, split_word(name)) if part for base in (root, root / "images")]
     folders = [*named, root / "images", file.parent / "images", file.parent, root]
-    folders += [folder for base in (root / "images", root) if base.is_dir() for folder in sorted(base.iterdir())]
+    folders += [*folders_in(root / "images"), *folders_in(root)]
     folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
     some = names[:: max(1, len(names) // 50)]
     counts = [sum((folder / name).is_file() for name in some) for folder in folders]
@@ -263,12 +268,17 @@ def yolo_classes(file: Path, content: dict) -> dict[int, str]:
     return {number: str(name) for number, name in names.items()}
 
 # %% ../../nbs/12_data.layouts.ipynb #9b2cd647
+def read_lines(file: Path) -> list[str]:
+    "Read the lines of a text file, whatever is in them."
+    return file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+
+
 def yolo_images(places: Iterable[Path]) -> list[Path]:
     "List the images of folders (and all below them) and of text files, in the order of their names."
     endings, found = Image.registered_extensions(), []
     for place in places:
         if place.is_dir(): found += [path for path in place.rglob("*") if path.suffix.lower() in endings]
-        else: found += [place.parent / line.strip() for line in place.read_text().splitlines() if line.strip()]
+        else: found += [place.parent / line.strip() for line in read_lines(place) if line.strip()]
     return sorted(set(found))
 
 
@@ -290,7 +300,7 @@ def read_label_file(
 ) -> list[tuple[int, list[float]]]:  # class and box (x, y, width, height in pixels) of each object
     "Read the label file of an image. Raises ValueError with file and line."
     found = []
-    for number, line in enumerate(file.read_text().splitlines() if file.is_file() else [], 1):
+    for number, line in enumerate(read_lines(file) if file.is_file() else [], 1):
         if not line.strip(): continue
         where, words = f"{file}, line {number}", line.split()
         try: label, *numbers = map(float, words)
@@ -351,8 +361,7 @@ def voc_files(root: Path) -> dict[str, Path]:
     if next((root / "Annotations").glob("*.xml"), None) is None: return {}
     lists = {}
     for file in sorted((root / "ImageSets" / "Main").glob("*.txt")):
-        with file.open() as lines: first = lines.readline().split()
-        if len(first) == 1: lists[file.stem] = file
+        if len("".join(read_lines(file)[:1]).split()) == 1: lists[file.stem] = file
     return lists or {"all": root / "Annotations"}
 
 
@@ -418,7 +427,7 @@ def read_voc(
     if not files: raise FileNotFoundError(f"{annotations} has no XML files: put Pascal VOC's annotations there.")
     first, note = first_pixel(files)
     numbers = {found.path.stem: number for number, found in enumerate(files, 1)}
-    wanted = dict.fromkeys(numbers if file.is_dir() else file.read_text().split())
+    wanted = dict.fromkeys(numbers if file.is_dir() else " ".join(read_lines(file)).split())
     if lost := next((stem for stem in wanted if stem not in numbers), None):
         raise FileNotFoundError(f"{file} names {lost}, and {annotations / lost}.xml does not exist: put it there.")
     names = sorted({name for found in files for name, *_ in found.objects})
@@ -602,8 +611,10 @@ def find_splits(
     val_images: str | None = None,
 ) -> tuple[SplitPath, SplitPath]:
     "Find the splits to learn from and to evaluate on. Raises FileNotFoundError, or ValueError if a name is needed."
-    root, shares = Path(root), val is not None and val.endswith(HELD_OUT)
-    if shares and train is None: train = val.removesuffix(HELD_OUT) + REST
+    root, share = Path(root), (train or val or "") if not (train and val) else ""
+    if share.endswith((REST, HELD_OUT)) and not val_annotations:
+        base = share.removesuffix(REST).removesuffix(HELD_OUT)
+        return shares_of(SplitPath(root, base, train_annotations, train_images))
     train = train or (train_annotations and Path(train_annotations).stem)
     val = val or (val_annotations and Path(val_annotations).stem)
     names = [] if train and (val or train_annotations) else [name for name in find_layout(root).sources if name != val]
@@ -613,4 +624,9 @@ def find_splits(
         val = only(pick(others, VAL) or others, root, "val_split", "to evaluate on")
     learned = SplitPath(root, train, train_annotations, train_images)
     if val is not None: return learned, SplitPath(root, val, val_annotations, val_images)
-    return replace(learned, split=train + REST), replace(learned, split=train + HELD_OUT)
+    return shares_of(learned)
+
+
+def shares_of(path: SplitPath) -> tuple[SplitPath, SplitPath]:
+    "Name the two shares of a split."
+    return replace(path, split=path.split + REST), replace(path, split=path.split + HELD_OUT)

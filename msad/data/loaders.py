@@ -104,11 +104,16 @@ def _ignore_signals(worker: int) -> None:
 # %% ../../nbs/15_data.loaders.ipynb #4127e7fc
 def training_indices(
     images: CocoImages,  # the photographs
+    empty_images: bool = False,  # also those without objects, at most as many as there are others
 ) -> list[int]:  # ascending positions in `images`
-    "Find the images to learn from: those with a box that is no crowd."
-    return np.unique(images.owner[~images.iscrowd]).tolist()
+    "Find the images to learn from: those with a box that is no crowd, and perhaps some without objects."
+    with_objects = np.unique(images.owner[~images.iscrowd])
+    if not empty_images: return with_objects.tolist()
+    empty, most = np.flatnonzero(np.diff(images.first) == 0), len(with_objects)
+    if len(empty) > most: empty = empty[np.linspace(0, len(empty) - 1, most).round().astype(int)]
+    return sorted([*with_objects.tolist(), *empty.tolist()])
 
-
+# %% ../../nbs/15_data.loaders.ipynb #dcef4844
 def train_loader(
     images: CocoImages,  # the photographs
     transform: TrainTransform,  # how they vary; its seed also decides the order
@@ -117,9 +122,10 @@ def train_loader(
     workers: int = 0,  # processes that decode; 0 decodes in this one
     rank: int = 0,  # number of this process
     world_size: int = 1,  # processes that split a batch
+    empty_images: bool = False,  # see `training_indices`
 ) -> DataLoader:
     "Load endless batches of training samples (this process's part of each); the number of workers changes nothing."
-    indices = training_indices(images)
+    indices = training_indices(images, empty_images)
     sampler = TrainSampler(images.sizes, indices, batch_size, transform.seed, start, rank, world_size)
     return _loader(TrainImages(images, transform), sampler, workers)
 

@@ -37,7 +37,7 @@ class DataSummary:
     crowd: int  # crowd boxes, which training leaves out
     dropped: int  # boxes that training leaves out: not finite, without width or height, or outside their image
     clipped: int  # boxes that training cuts at the border of their image
-    empty: int  # images without a box that is no crowd, which training leaves out
+    empty: int  # images without a box that is no crowd
     smallest: tuple[int, int]  # least height and least width, pixels
     largest: tuple[int, int]  # greatest height and greatest width, pixels
     notes: tuple[str, ...] = ()  # what is worth knowing, a line each

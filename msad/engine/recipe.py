@@ -39,6 +39,7 @@ class Recipe:
     momentum: float = 0.9  # of "sgd"
     max_grad_norm: float = 0.0  # gradients are scaled down to this norm at most; 0: never
     ema: float = 0.0  # part of the run that a moving average of the weights reaches back over; 0: none
+    empty_images: bool = True  # learn from photographs without objects too, at most as many as there are others
 
     def __post_init__(self):
         check_recipe(self)
@@ -74,6 +75,8 @@ def check_recipe(
             raise ValueError(f"{name} is {quoted(value)}: choose a number of 0 or more")
     if not is_finite(recipe.ema) or not 0 <= recipe.ema < 1:
         raise ValueError(f"ema is {quoted(recipe.ema)}: choose a part of the run, from 0 to below 1")
+    if not isinstance(recipe.empty_images, bool):
+        raise ValueError(f"empty_images is {quoted(recipe.empty_images)}: write True or False")
     times = recipe.milestones
     if not isinstance(times, list | tuple) or not all(isinstance(time, int) and 0 <= time <= LARGEST for time in times):
         raise ValueError(f"milestones is {quoted(times)}: write whole numbers of iterations")
@@ -130,15 +133,16 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
 # %% ../../nbs/22_engine.recipe.ipynb #cdd9f06c
+_PUBLISHED = dict(empty_images=False)
 PUBLISHED_RECIPES = {
-    ("teacher", 0.25): Recipe(90_000, 16, 0.01, milestones=(60_000, 80_000)),
-    ("teacher", 0.5): Recipe(180_000, 8, 0.01, milestones=(120_000, 160_000)),
-    ("teacher", 0.75): Recipe(180_000, 8, 0.01, milestones=(120_000, 160_000)),
-    ("teacher", 1.0): Recipe(180_000, 8, 0.01, milestones=(120_000, 160_000)),
-    ("student", 0.25): Recipe(45_000, 32, 0.02, milestones=(30_000, 40_000)),
-    ("student", 0.5): Recipe(45_000, 32, 0.01, milestones=(30_000, 40_000)),
-    ("student", 0.75): Recipe(45_000, 32, 0.02, milestones=(30_000, 40_000)),
-    ("student", 1.0): Recipe(90_000, 16, 0.01, milestones=(60_000, 80_000)),
+    ("teacher", 0.25): Recipe(90_000, 16, 0.01, milestones=(60_000, 80_000), **_PUBLISHED),
+    ("teacher", 0.5): Recipe(180_000, 8, 0.01, milestones=(120_000, 160_000), **_PUBLISHED),
+    ("teacher", 0.75): Recipe(180_000, 8, 0.01, milestones=(120_000, 160_000), **_PUBLISHED),
+    ("teacher", 1.0): Recipe(180_000, 8, 0.01, milestones=(120_000, 160_000), **_PUBLISHED),
+    ("student", 0.25): Recipe(45_000, 32, 0.02, milestones=(30_000, 40_000), **_PUBLISHED),
+    ("student", 0.5): Recipe(45_000, 32, 0.01, milestones=(30_000, 40_000), **_PUBLISHED),
+    ("student", 0.75): Recipe(45_000, 32, 0.02, milestones=(30_000, 40_000), **_PUBLISHED),
+    ("student", 1.0): Recipe(90_000, 16, 0.01, milestones=(60_000, 80_000), **_PUBLISHED),
 }
 
 # %% ../../nbs/22_engine.recipe.ipynb #2066c727

@@ -286,7 +286,7 @@ def resume(
             f"out: the processes found checkpoints of iterations {found} in {trainer.folder}; they need one disk"
         )
     trainer.iteration, recipe = done, trainer.recipe
-    share = dict(rank=rank(), world_size=world_size())
+    share = dict(rank=rank(), world_size=world_size(), empty_images=recipe.empty_images)
     loader = train_loader(trainer.images, trainer.transform, recipe.batch_size, done, trainer.workers, **share)
     trainer.batches = batches(loader)
     rows = all_gather(read_log(trainer.folder, "evaluations.jsonl"))[0]
@@ -430,7 +430,7 @@ def seconds_per_step(
     set_training(trial, recipe)
     replica = make_replica(trial, recipe)
     state = make_optimizer(recipe, trial), make_scaler(recipe, next(trial.parameters()).device)
-    shares = dict(rank=rank(), world_size=world_size())
+    shares = dict(rank=rank(), world_size=world_size(), empty_images=recipe.empty_images)
     loader = batches(train_loader(images, transform, recipe.batch_size, **shares))
     seconds = []
     for iteration in range(3):

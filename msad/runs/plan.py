@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODEL_DEFAULTS', 'read_defaults', 'model_config', 'check_fit', 'base_recipe', 'resolve_recipe', 'Plan',
-           'count_processes', 'describe_devices', 'notes', 'describe', 'content_of', 'other_data', 'find_teacher',
-           'read_images', 'leave_out_classes', 'box_oddities', 'find_oddities', 'check_batch_norm', 'prepare',
-           'plan_state']
+           'count_processes', 'describe_devices', 'count_empty', 'notes', 'describe', 'content_of', 'other_data',
+           'find_teacher', 'read_images', 'leave_out_classes', 'box_oddities', 'find_oddities', 'check_batch_norm',
+           'prepare', 'plan_state']
 
 # %% ../../nbs/42_runs.plan.ipynb #0b6a586a
 import os
@@ -20,6 +20,7 @@ from ..data.annotations import usable_boxes
 from ..data.files import data_defaults
 from ..data.images import CocoImages, resized_size
 from ..data.layouts import read_splits, without_classes
+from ..data.loaders import training_indices
 from ..data.summary import check_images, content, shared_files, unused_classes
 from ..data.transforms import TrainTransform
 from ..engine.distributed import is_launched, num_processes, resolve_device
@@ -186,6 +187,11 @@ def describe_devices(plan: Plan) -> str:
     return f"{plan.processes} processes ({kind}){machines}, each with {share} of the images{parts}"
 
 
+def count_empty(images: CocoImages) -> int:
+    "Count the photographs without objects."
+    return int((np.diff(images.first) == 0).sum())
+
+
 def notes(plan: Plan) -> list[str]:
     "List what is worth knowing about the training beside its size."
     settings, recipe, seen = plan.settings, plan.recipe, plan.images_per_norm
@@ -198,6 +204,9 @@ def notes(plan: Plan) -> list[str]:
             f"BatchNorm sees {seen} images at a time, so the result is not quite that of the whole batch "
             '(with batch_norm "fixed" it is)'
         )
+    if empty := count_empty(plan.images):
+        more = len(training_indices(plan.images, recipe.empty_images)) - len(training_indices(plan.images))
+        found.append(f"photographs without objects (empty_images): {more} of {empty} are learned from")
     base = base_recipe(settings, read_defaults(data_folder(settings.data)))
     if settings.lr is None and recipe.batch_size != base.batch_size:
         found.append(f"the learning rate is the recipe's {base.lr:g}, scaled with the batch size")
@@ -392,6 +401,8 @@ def prepare(
     if weights: load_weights(model.to_empty(device="cpu"), weights)
     processes = count_processes(settings)
     recipe = resolve_recipe(settings, defaults, processes)
+    # Where there are none, a run is the same either way.
+    recipe = replace(recipe, empty_images=recipe.empty_images and count_empty(images) > 0)
     plan = Plan(
         settings, config, recipe, images, val_images, summaries, data_content, oddities, "new", weights, teacher,
         teacher_plan, processes,

@@ -43,6 +43,7 @@ class RecipeSettings:
     batch_norm: str | None = None  # "trained", or "fixed": its statistics stay those of the initial weights
     max_grad_norm: float | None = None  # gradients are scaled down to this norm at most; 0: never
     ema: float | None = None  # part of the run that a moving average of the weights reaches back over; 0: none
+    empty_images: bool | None = None  # learn from photographs without objects too, at most as many as there are others
 
     @property
     def recipe_changes(self) -> dict:
