@@ -360,12 +360,15 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path):
     with pytest.warns(UserWarning, match="detections.png cannot be drawn .ValueError.*all results are there"):
         write_evaluation(tmp_path, Evaluation({"AP": 1.0}, [], figure))
     assert read_json(tmp_path / "metrics.json") == {"AP": 1.0}
-    with pytest.warns(UserWarning, match="detections.png cannot be drawn"):
+    with pytest.warns(UserWarning) as warned:
         run = SimpleNamespace(folder=tmp_path, iteration=1)
         for hook in (LogFile(), TensorBoard(), Pictures()):
             hook.before_training(run)
             hook.after_log(run, {"iteration": 1, "loss": 1.0, "lr": 0.1})
             hook.after_evaluation(run, {"AP": 1.0, "AP50": 2.0}, figure)
             hook.after_training(run)
+    texts = [str(warning.message) for warning in warned]
+    for picture in ("TensorBoard's detections", "detections.png"):
+        assert any(text.startswith(f"{picture} cannot be drawn") for text in texts)
     assert (tmp_path / "figures/losses.png").is_file()
     plt.close("all")
