@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'LEAST_BRIGHTEST', 'NOTES', 'resized_size', 'read_orientation', 'upright_rgb', 'read_image_and_size',
-           'read_image', 'upright_sizes', 'CocoImages', 'load_item', 'subsample']
+           'read_image', 'check_range', 'upright_sizes', 'CocoImages', 'load_item', 'subsample']
 
 # %% ../../nbs/12_data.images.ipynb #df1c634c
 import copy
@@ -79,7 +79,7 @@ def upright_rgb(
     Raises ValueError for pixels of other than 8 or 16 bits, or of 16 that use a small part of their range, and Pillow's
     errors if the image is damaged.
     """
-    deep = any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))  # Pillow takes the upper 8 bits itself
+    deep = _is_deep(image)
     image.load()
     orientation = read_orientation(image)
     if orientation in TURNS: image = image.transpose(TURNS[orientation])
@@ -90,6 +90,11 @@ def upright_rgb(
     return image
 
 # %% ../../nbs/12_data.images.ipynb #78339fc4
+def _is_deep(image: Image.Image) -> bool:
+    # Of colours with 16 bits Pillow takes the upper 8 itself; what it found in the file stands in its tiles.
+    return image.mode.startswith(("I", "F")) or any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
+
+
 def _check_brightest(brightest: int, about: str = "") -> None:
     if 0 < brightest < LEAST_BRIGHTEST:
         raise ValueError(
@@ -141,6 +146,16 @@ def read_image(
 ) -> Image.Image:  # RGB
     "Decode an image in full as `upright_rgb` does, with the errors of `read_image_and_size`."
     return read_image_and_size(path, otherwise)[0]
+
+# %% ../../nbs/12_data.images.ipynb #610e5504
+def check_range(
+    path: str | os.PathLike,  # image file
+) -> None:
+    "Decode an image if it has 16 bits a colour. Raises the errors of `read_image`; none for a damaged header."
+    try:
+        with Image.open(path) as file: deep = _is_deep(file)
+    except Exception: return  # decoding the images will report what is wrong
+    if deep: read_image(path)
 
 # %% ../../nbs/12_data.images.ipynb #c3ac8dc8
 # COCO rounds corner and size on their own, so a right box may stick out by a hundredth of a pixel.

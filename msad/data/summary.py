@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from .annotations import usable_boxes
-from .images import _ROUNDING, CocoImages, read_image
+from .images import _ROUNDING, CocoImages, check_range, read_image
 from .loaders import training_indices
 
 # %% ../../nbs/15_data.summary.ipynb #7b2db0eb
@@ -124,6 +124,7 @@ def check_data(
             f"{len(missing)} of {len(images)} images do not exist ({_some(missing)}): "
             f"put them there or remove them from {images.annotation_file}."
         )
+    check_range(images.paths[0])
     summary = summarise(images, split)
     if training and not summary.boxes:
         raise ValueError(f"{images.annotation_file} has no usable box that is no crowd: training needs at least one.")
