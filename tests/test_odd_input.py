@@ -96,6 +96,16 @@ def deep_png(grey):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
+def test_a_data_set_of_few_bits_is_refused_before_work_starts(tmp_path):
+    for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split)
+    for path in (tmp_path / "data/val2017").iterdir():
+        grey = np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16
+        Image.fromarray(grey).save(path, format="PNG")
+    settings = TrainSettings(role="teacher", data=str(tmp_path / "data"), out=str(tmp_path / "run"), recipe="small")
+    with pytest.raises(ValueError, match=r"val2017/1\.jpg .*brightest value is [0-9,]+ of 65,535"): train(settings)
+    assert not (tmp_path / "run").exists()
+
+
 def test_sixteen_bits_keep_their_upper_eight(tmp_path):
     ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (8, 1))
     (tmp_path / "rgb.png").write_bytes(deep_png(ramp))
@@ -313,7 +323,7 @@ def test_a_folder_with_brackets_and_files_of_a_telephone(tmp_path, capsys):
 # --- drawing
 
 
-@pytest.mark.parametrize("name", ["$_$", "$", "a$b$c", "_x", r"\frac{$}$", "猫", "\U000f0000", "a\nb", "é" * 500])
+@pytest.mark.parametrize("name", ["$_$", "$", "a$b$c", "_x", r"\frac{$}$", "猫", "⌒", "\U000f0000", "a\nb", "é" * 500])
 def test_any_name_can_be_drawn(tmp_path, name):
     content = write_coco(tmp_path, names=(name, "oak"))
     images = CocoImages(tmp_path, "train2017")
@@ -360,12 +370,15 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path):
     with pytest.warns(UserWarning, match="detections.png cannot be drawn .ValueError.*all results are there"):
         write_evaluation(tmp_path, Evaluation({"AP": 1.0}, [], figure))
     assert read_json(tmp_path / "metrics.json") == {"AP": 1.0}
-    with pytest.warns(UserWarning, match="detections.png cannot be drawn"):
+    with pytest.warns(UserWarning) as warned:
         run = SimpleNamespace(folder=tmp_path, iteration=1)
         for hook in (LogFile(), TensorBoard(), Pictures()):
             hook.before_training(run)
             hook.after_log(run, {"iteration": 1, "loss": 1.0, "lr": 0.1})
             hook.after_evaluation(run, {"AP": 1.0, "AP50": 2.0}, figure)
             hook.after_training(run)
+    texts = [str(warning.message) for warning in warned]
+    for picture in ("TensorBoard's detections", "detections.png"):
+        assert any(text.startswith(f"{picture} cannot be drawn") for text in texts)
     assert (tmp_path / "figures/losses.png").is_file()
     plt.close("all")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..data.files import read_json, write_json
 from .predictor import Predictor
 from ..engine.distributed import resolve_device
+from ..engine.hooks import optional_picture
 from ..models.detector import ModelConfig, set_thresholds
 from ..models.postprocess import Thresholds
 from msad.runs.folders import (
@@ -149,7 +150,7 @@ def make_results(
             skipped.append({"file_name": name, "reason": str(found)})
             continue
         found = found.above(min_score)
-        found.save(pictures / f"{name}.jpg", min_score)
+        with optional_picture(f"{name}.jpg"): found.save(pictures / f"{name}.jpg", min_score)
         height, width = found.size
         images.append({"id": len(images) + 1, "file_name": name, "width": width, "height": height})
         for result in found.to_coco(len(images)):

@@ -150,7 +150,7 @@ def plot_detections(
     size = max(2.4 * columns, 5), 3 * rows + 0.7
     fig, axs = plt.subplots(rows, columns, figsize=size, dpi=80, layout="constrained", squeeze=False)
     for (name, results), row in zip(detections.items(), axs, strict=True):
-        row[0].set_ylabel(plain_text(name))
+        row[0].set_ylabel(plain_text(name), family=plt.rcParams["font.family"])  # it was made before the text
         for image_id, ax in zip(image_ids, row, strict=True):
             counts = draw_outcomes(ax, images, images.image_ids.index(image_id), results, min_score)
             ax.set_title(f"image {image_id}\n{counts}", fontsize=8)

@@ -216,7 +216,7 @@ def plot_classes(
         style = dict(fmt=runs.style.marker, color=runs.style.color, ms=6, mec="black", mew=0.4, capsize=2)
         ax.errorbar(values, np.arange(len(drawn)) + offset, xerr=[below, above], **style, label=plain_text(runs.label))
     labels = [f"{plain_text(name)} ({counts[images.class_names.index(name)]:,})" for name in drawn]
-    ax.set_yticks(range(len(drawn)), labels)
+    ax.set_yticks(range(len(drawn)), labels, family=plt.rcParams["font.family"])
     ax.set(xlabel="AP [%]", ylabel="class (objects to find)", xlim=(0, None), ylim=(len(drawn) - 0.4, -0.6))
     if not drawn: ax.text(0.5, 0.5, "no class has an AP", ha="center", transform=ax.transAxes)
     if len(ranked) > most:
