@@ -9,6 +9,7 @@ __all__ = ['MODEL_DEFAULTS', 'read_defaults', 'model_config', 'check_fit', 'base
            'prepare', 'plan_state']
 
 # %% ../../nbs/42_runs.plan.ipynb #0b6a586a
+import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..data.loaders import training_indices
 from ..data.summary import check_images, content, shared_files, unused_classes
 from ..data.transforms import TrainTransform
 from ..engine.distributed import is_launched, num_processes, resolve_device
+from ..engine.grid import grid_fit
 from ..engine.published import has_classes
 from ..engine.recipe import Recipe, adapt, find_recipe, unknown_name
 from ..engine.weights import Weights, load_model, load_weights, read_weights
@@ -119,9 +121,14 @@ def resolve_recipe(
     settings: TrainSettings,
     defaults: dict,  # of the data
     processes: int = 1,  # that share a batch
+    images: CocoImages | None = None,  # to learn from; `epochs` are counted in them
 ) -> Recipe:
     "Resolve the recipe of a run. Raises a `ValueError` when its batches cannot be shared evenly."
-    recipe = adapt(base_recipe(settings, defaults), **settings.recipe_changes)
+    recipe, changes = base_recipe(settings, defaults), settings.recipe_changes
+    if settings.epochs and images:
+        seen = len(training_indices(images, changes.get("empty_images", recipe.empty_images)))
+        changes["iterations"] = math.ceil(settings.epochs * seen / changes.get("batch_size", recipe.batch_size))
+    recipe = adapt(recipe, **changes)
     parts = processes * settings.accumulate
     if recipe.batch_size % parts:
         raise ValueError(
@@ -210,6 +217,11 @@ def notes(plan: Plan) -> list[str]:
     base = base_recipe(settings, read_defaults(data_folder(settings.data)))
     if settings.lr is None and recipe.batch_size != base.batch_size:
         found.append(f"the learning rate is the recipe's {base.lr:g}, scaled with the batch size")
+    if recipe.batch_size < base.batch_size and recipe.iterations <= base.iterations and not settings.epochs:
+        found.append(
+            f"the recipe's batches are of {base.batch_size} images, so with these the network sees fewer in as many "
+            "iterations: more iterations make up for it"
+        )
     return found
 
 # %% ../../nbs/42_runs.plan.ipynb #585add94
@@ -221,6 +233,7 @@ def describe(plan: Plan) -> list[str]:
         f"{settings.role} of width {config.width:g}: {config.neck_channels} neck channels, {classes}, "
         f"test size {config.short_side} (at most {config.max_side}), padded to {config.pad}",
         *map(str, plan.summaries),
+        str(grid_fit(plan.images, config.short_side, config.max_side, config.finest_stride, config.pad)),
         *plan.oddities,
     ]
     if plan.teacher_plan:
@@ -400,7 +413,7 @@ def prepare(
     with torch.device("meta"): model = build_model(config)
     if weights: load_weights(model.to_empty(device="cpu"), weights)
     processes = count_processes(settings)
-    recipe = resolve_recipe(settings, defaults, processes)
+    recipe = resolve_recipe(settings, defaults, processes, images)
     # Where there are none, a run is the same either way.
     recipe = replace(recipe, empty_images=recipe.empty_images and count_empty(images) > 0)
     plan = Plan(

@@ -28,6 +28,7 @@ class RecipeSettings:
 
     recipe: str | None = None  # "published", "small" or a JSON file of its fields; none: the data's, else "published"
     iterations: int | None = None  # parameter updates; none: the recipe's, as all below
+    epochs: float | None = None  # passes over the photographs, in place of iterations
     batch_size: int | None = None  # images an update
     lr: float | None = None  # base learning rate; none: the recipe's, in proportion to the batch size
     optimizer: str | None = None  # "sgd" or "adamw"
@@ -164,6 +165,8 @@ def check_train_settings(settings: TrainSettings) -> None:
     check_model(settings)
     check_types(settings)
     replace(SMALL[settings.role], **settings.recipe_changes)
+    if settings.epochs and settings.iterations:
+        raise ValueError(f"epochs is {settings.epochs!r} and iterations {settings.iterations!r}: leave one of them out")
     for name in ("alpha", "distillation_warmup", "teacher") if settings.role == "teacher" else ():
         if (value := getattr(settings, name)) is not None:
             raise ValueError(f"{name} is {value!r}: only a student has a distillation, so leave it out")
