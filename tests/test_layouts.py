@@ -473,6 +473,18 @@ def test_one_command_trains_on_a_folder_of_pascal_voc(tmp_path, monkeypatch, cap
     assert (tmp_path / "model.onnx").is_file()
 
 
+def test_files_that_were_named_are_found_again(tmp_path):
+    named = dict(train_annotations=str(tmp_path / "boxes.json"), train_images=str(tmp_path / "photographs"))
+    stems = [stem for part in SPLITS.values() for stem in part]
+    write_json(tmp_path / "boxes.json", coco_dataset(stems))
+    copy_images(tmp_path / "photographs", stems)
+    plan = prepare(TrainSettings(role="teacher", recipe="small", devices="cpu", **named))
+    assert plan.settings.data == str(tmp_path)
+    write_json(tmp_path / "run/settings.json", plan.description)
+    assert run_images(tmp_path / "run").image_ids == plan.val_images.image_ids
+    assert len(plan.images) == 4 and len(plan.val_images) == 2
+
+
 @pytest.mark.slow
 def test_a_share_that_is_held_out_is_found_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -120,8 +120,7 @@ def content(
     annotations = (images.owner, images.boxes, categories[images.labels], images.iscrowd, images.image_ids)
     annotations = (*annotations, [images.class_names[label] for label in used])
     names = [images.coco.imgs[i]["file_name"] for i in images.image_ids]
-    sizes = [os.path.getsize(path) for path in images.paths]
-    return {"annotations": digest(*annotations), "names": digest(names), "sizes": digest(images.sizes, sizes)}
+    return {"annotations": digest(*annotations), "names": digest(names), "sizes": digest(images.sizes)}
 
 # %% ../../nbs/16_data.summary.ipynb #6c13563a
 def check_decoding(

@@ -20,7 +20,7 @@ import torch
 from ..data.annotations import usable_boxes
 from ..data.files import data_defaults
 from ..data.images import CocoImages, resized_size
-from ..data.layouts import read_splits, without_classes
+from ..data.layouts import SplitPath, read_splits, without_classes
 from ..data.loaders import training_indices
 from ..data.summary import check_images, content, shared_files, unused_classes
 from ..data.transforms import TrainTransform
@@ -45,7 +45,7 @@ from msad.runs.folders import (
     read_settings,
     weights_file,
 )
-from .settings import EXPLICIT, RecipeSettings, TrainSettings, settings_dict, split_paths
+from .settings import RecipeSettings, TrainSettings, explicit_paths, settings_dict, split_paths
 
 # %% ../../nbs/42_runs.plan.ipynb #5dbec766
 MODEL_DEFAULTS = {
@@ -148,7 +148,7 @@ class Plan:
     images: CocoImages  # to learn from
     val_images: CocoImages
     summaries: tuple  # of both splits
-    content: dict  # of `content_of`
+    content: dict  # of `content_of`, and `explicit_paths`
     oddities: tuple[str, ...]  # of the data
     state: str  # of the run folder: "new", "unfinished" or "finished"
     weights: Weights | None
@@ -161,7 +161,7 @@ class Plan:
         "Collect the content of `settings.json`: everything that the result depends on."
         given = settings_dict(self.settings)
         return self.content | {
-            **{name: given[name] for name in ("role", "data", "seed", "reduced_decoding", *EXPLICIT)},
+            **{name: given[name] for name in ("role", "data", "seed", "reduced_decoding")},
             "width": self.config.width,
             "weights": self.weights and file_description(self.weights.path),
             "teacher": self.teacher and file_description(self.teacher),
@@ -193,7 +193,7 @@ def describe_devices(plan: Plan) -> str:
     share = plan.recipe.batch_size // plan.processes
     return f"{plan.processes} processes ({kind}){machines}, each with {share} of the images{parts}"
 
-
+# %% ../../nbs/42_runs.plan.ipynb #f0f71819
 def count_empty(images: CocoImages) -> int:
     "Count the photographs without objects."
     return int((np.diff(images.first) == 0).sum())
@@ -211,6 +211,8 @@ def notes(plan: Plan) -> list[str]:
             f"BatchNorm sees {seen} images at a time, so the result is not quite that of the whole batch "
             '(with batch_norm "fixed" it is)'
         )
+    if plan.state != "new" and "train_content" not in read_settings(settings.folder):
+        found.append("an earlier version recorded the run without fingerprints of its data: their path is compared")
     if empty := count_empty(plan.images):
         more = len(training_indices(plan.images, recipe.empty_images)) - len(training_indices(plan.images))
         found.append(f"photographs without objects (empty_images): {more} of {empty} are learned from")
@@ -305,9 +307,9 @@ def find_teacher(
         ) from None
 
 # %% ../../nbs/42_runs.plan.ipynb #28d079a4
-def read_images(settings: TrainSettings) -> tuple[CocoImages, CocoImages, tuple]:
+def read_images(train_path: SplitPath, val_path: SplitPath) -> tuple[CocoImages, CocoImages, tuple]:
     "Read and check both splits: the images to learn from, those to evaluate on, and their summaries."
-    train, val = read_splits(*split_paths(settings))
+    train, val = read_splits(train_path, val_path)
     images, first = CocoImages(train), not is_launched() or os.environ["RANK"] == "0"
     summaries = [check_images(images, training=True, decode=False, headers=first)]
     if val is train: return images, images, tuple(summaries)
@@ -397,8 +399,9 @@ def prepare(
 
     Raises `FileNotFoundError` or `ValueError`, each a sentence that names the parameter or file and the cure.
     """
-    images, val_images, summaries = read_images(settings)
-    data_content = content_of(images, val_images)
+    paths = split_paths(settings)
+    images, val_images, summaries = read_images(*paths)
+    data_content = content_of(images, val_images) | explicit_paths(*paths)
     defaults = read_defaults(data_folder(settings.data))
     weights = read_weights(weights_file(settings.weights), "weights") if settings.weights else None
     teacher = teacher_plan = teacher_config = None

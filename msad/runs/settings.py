@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FROM_ZERO', 'AT_MOST', 'EXPLICIT', 'Settings', 'RecipeSettings', 'MachineSettings', 'TrainSettings', 'check_value',
-           'check_model', 'check_types', 'check_train_settings', 'data_beside', 'split_paths', 'val_path',
-           'assigned_names', 'notebook_settings', 'read_settings_file', 'settings_dict']
+           'check_model', 'check_types', 'check_train_settings', 'data_beside', 'split_paths', 'explicit_paths',
+           'val_path', 'assigned_names', 'notebook_settings', 'read_settings_file', 'settings_dict']
 
 # %% ../../nbs/41_runs.settings.ipynb #9af2bb12
 import ast
@@ -193,6 +193,16 @@ def split_paths(settings: TrainSettings) -> tuple[SplitPath, SplitPath]:
     "Find the splits to learn from and to evaluate on. Raises FileNotFoundError or ValueError."
     explicit = {name: getattr(settings, name) for name in EXPLICIT}
     return find_splits(data_folder(settings.data), settings.train_split, settings.val_split, **explicit)
+
+
+def explicit_paths(
+    train: SplitPath,  # of `split_paths`
+    val: SplitPath,
+) -> dict[str, str | None]:
+    "Collect the files and folders that were named for both splits, as full paths."
+    given = {f"{part}_{kind}": getattr(path, kind) for part, path in (("train", train), ("val", val))
+             for kind in ("annotations", "images")}
+    return {name: path and str(Path(path).expanduser().resolve()) for name, path in given.items()}
 
 
 def val_path(
