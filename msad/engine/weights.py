@@ -7,6 +7,7 @@ __all__ = ['FORMAT', 'save_file', 'save_model', 'reason', 'read_file', 'Weights'
            'recognize', 'read_weights', 'restore', 'load_model', 'matching_state', 'load_weights']
 
 # %% ../../nbs/24_engine.weights.ipynb #f90ff31f
+import errno
 import io
 import pickle
 import re
@@ -58,9 +59,9 @@ def read_file(path: Path, parameter: str) -> dict:
         raise FileNotFoundError(f"{parameter}: there is no file {path}; give the path of a checkpoint or a run folder")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):  # not the file's fault
-        raise
     except Exception as error:  # what torch raises for a file that is no checkpoint depends on its first bytes
+        of_the_machine = isinstance(error, OSError) and error.errno != errno.EINVAL  # of a damaged place in the file
+        if of_the_machine or isinstance(error, MemoryError): raise
         if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
             raise ValueError(
                 f"{parameter}: {path} holds Python objects beside its weights, which could run code when loaded; "
@@ -148,7 +149,7 @@ def read_weights(
             "model_best.pth or model_final.pth"
         )
     if not isinstance(theirs, str) or theirs != FORMAT:
-        raise ValueError(f"{parameter}: {path} has the format {theirs!r}; this version reads {FORMAT!r}")
+        raise ValueError(f"{parameter}: {path} has the format {theirs!r:.60}; this version reads {FORMAT!r}")
     try:
         weights = recognize(path, contents)
     except (KeyError, AttributeError, RuntimeError, IndexError, TypeError, ValueError, AssertionError) as error:
@@ -160,7 +161,7 @@ def read_weights(
         check_numbers(weights, parameter)
         return weights
     raise ValueError(
-        f"{parameter}: {path} holds weights of an unknown kind (the first is {first!r}); give a checkpoint of this "
+        f"{parameter}: {path} holds weights of an unknown kind (the first is {first!r:.60}); give a checkpoint of this "
         "library, a published teacher or student, or slimmable ImageNet weights"
     )
 
