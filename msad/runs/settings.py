@@ -159,7 +159,7 @@ def check_types(settings: object) -> None:
         raise ValueError(f"short_side is {short} and max_side {long}: choose 0 < short ≤ max")
     resolve_device(getattr(settings, "devices", "auto"))
 
-
+# %% ../../nbs/41_runs.settings.ipynb #c228f89f
 def check_train_settings(settings: TrainSettings) -> None:
     "Raise a `ValueError` that names the first field that makes no sense."
     check_model(settings)
