@@ -81,8 +81,12 @@ def read_json(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path} does not exist: check the path or put the file there.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
-    except ValueError as error:  # of the text, the JSON or the keys
+        return json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)  # UTF-8 or 16, marked or not
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save or export it again in UTF-8.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} nests lists too deeply: copy or export the file again.") from error
+    except ValueError as error:  # of the JSON or the keys
         raise ValueError(f"{path} is not valid JSON ({error}): copy or export the file again.") from error
 
 # %% ../../nbs/10_data.files.ipynb #b8d68cc6

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .annotations import usable_boxes
 from .files import fingerprint
-from .images import _ROUNDING, CocoImages, read_image
+from .images import _ROUNDING, CocoImages, check_range, read_image
 from .layouts import Split, files_below, image_size
 from .loaders import training_indices
 
@@ -217,6 +217,7 @@ def check_images(
             f"{len(missing)} of {len(images)} images do not exist ({_some(missing)}): put them there or remove them "
             f"from {images.annotation_file}; in {images.folder} there is {there}."
         )
+    check_range(images.paths[0])
     summary = summarise(images)
     if training and not summary.boxes:
         raise ValueError(f"{images.annotation_file} has no usable box that is no crowd: training needs at least one.")

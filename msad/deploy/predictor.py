@@ -11,7 +11,7 @@ __all__ = ['Picture', 'BATCH_SIZE', 'array_photograph', 'tensor_photograph', 'pi
 import io
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 import numpy as np
 import torch
@@ -75,7 +75,10 @@ def as_photograph(
     if isinstance(image, np.ndarray): photograph = array_photograph(image)
     elif isinstance(image, Tensor): photograph = tensor_photograph(image)
     elif isinstance(image, Image.Image): photograph = pillow_photograph(image)
-    else: raise ValueError(f"images: {type(image).__name__} is no picture; give a path, Pillow image, array or tensor")
+    else:
+        cure = "give a path, Pillow image, array or tensor"
+        if isinstance(image, bytes | bytearray | memoryview): cure = "open it with Image.open(io.BytesIO(…))"
+        raise ValueError(f"images: {type(image).__name__} is no picture; {cure}")
     if not all(photograph.size): raise ValueError("images: a picture has no pixels; leave it out")
     return photograph
 
@@ -208,7 +211,8 @@ def read_or_error(
 def is_one_picture(images: Picture | Iterable[Picture]) -> bool:
     "Tell a picture from a sequence, an iterator, or an array or tensor with one dimension more."
     if isinstance(images, np.ndarray | Tensor): return images.ndim != 4
-    return isinstance(images, str | os.PathLike | Image.Image) or not isinstance(images, Iterable)
+    one = str | os.PathLike | Image.Image | bytes | bytearray | memoryview | Mapping | Set  # the last five are none
+    return isinstance(images, one) or not isinstance(images, Iterable)
 
 # %% ../../nbs/51_deploy.predictor.ipynb #5399b4b6
 BATCH_SIZE = 8
@@ -241,7 +245,7 @@ class Predictor:
 
     def stream(self, images: Iterable[Picture]) -> Iterator[Prediction | FileNotFoundError | ValueError]:
         "Yield for each picture, in order, its prediction or the error that tells why it cannot be read."
-        config, images = self.model.config, iter(images)
+        config, images = self.model.config, iter([images] if is_one_picture(images) else images)
         enough = (config.short_side, config.max_side) if self.reduced_decoding else None
         while batch := list(itertools.islice(images, BATCH_SIZE)):
             read = [read_or_error(image, enough) for image in batch]

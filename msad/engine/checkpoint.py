@@ -27,6 +27,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     keep: int = 3,  # checkpoints; older ones are removed
+    average: nn.Module | None = None,  # moving average of the trained module
 ) -> None:
     "Write what is needed to go on after `iteration` updates. Raises an `OSError` when the disk does not take it."
     contents = {
@@ -35,6 +36,7 @@ def save_checkpoint(
         "model": trained_module(model).state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
+        **({"average": average.state_dict()} if average else {}),
     }
     save_file(folder / "checkpoints" / f"{iteration:08}.pth", contents)
     for path in list_checkpoints(folder)[keep:]: path.unlink()
@@ -93,10 +95,12 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    average: nn.Module | None = None,  # moving average of the trained module
 ) -> int:  # updates done
     "Go back to where a checkpoint was written."
     if contents is None: return 0
     trained_module(model).load_state_dict(contents["model"])
     optimizer.load_state_dict(contents["optimizer"])
     scaler.load_state_dict(contents["scaler"])
+    if average: average.load_state_dict(contents["average"])
     return contents["iteration"]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AUTOCAST', 'LOG_EVERY', 'CANNOT_GO_ON', 'set_training', 'make_scaler', 'LossModule', 'make_replica', 'to_device',
            'divide', 'train_step', 'Step', 'read_losses', 'check_finite', 'Trainer', 'peak_memory', 'ProgressBar',
-           'resume', 'log_steps', 'save', 'next_batch', 'evaluation_due', 'run_evaluation', 'training_loop',
-           'after_step', 'seconds_per_step']
+           'resume', 'log_steps', 'save', 'next_batch', 'evaluation_due', 'run_evaluation', 'update_average',
+           'training_loop', 'after_step', 'seconds_per_step']
 
 # %% ../../nbs/27_engine.trainer.ipynb #6fdf5aac
 import copy
@@ -43,7 +43,7 @@ from msad.engine.distributed import (
     wrap_distributed,
 )
 from .hooks import Hook, Training, read_log
-from .recipe import Recipe, loss_weights_at, lr_at, make_optimizer
+from .recipe import Recipe, ema_decay_at, loss_weights_at, lr_at, make_optimizer
 from .signals import StopRequest
 from ..models.distillation import trained_module
 from ..models.targets import Targets, assign_targets, batch_locations
@@ -115,7 +115,7 @@ def divide(
 ) -> list[tuple[list[Tensor], Targets, tuple[int, int]]]:  # images, their targets, the size to pad them to
     "Divide a batch into parts, with targets that have the normalisers of all parts in all processes."
     size = common_size(model.transform, images)
-    locations = batch_locations(model.transform.mean.new_empty(0, 3, *size))
+    locations = batch_locations(model.transform.mean.new_empty(0, 3, *size), model.num_levels)
     parts = [slice(part, None, accumulate) for part in range(accumulate)]
     assigned = share_normalizers([assign_targets(locations, targets[part]) for part in parts])
     return [(images[part], target, size) for part, target in zip(parts, assigned, strict=True)]
@@ -146,6 +146,9 @@ def train_step(
             losses = {name: weights.get(name, 1.0) * loss for name, loss in losses.items()}
             scaler.scale(sum(losses.values()) / accumulate).backward()
         values += torch.stack(list(losses.values())).detach() / accumulate
+    if recipe.max_grad_norm:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], recipe.max_grad_norm)
     scaler.step(optimizer)
     scaler.update()
     return dict(zip(losses, all_reduce_mean(values).unbind(), strict=True))
@@ -197,7 +200,7 @@ class Trainer:
     recipe: Recipe
     folder: str | Path  # run folder
     hooks: Sequence[Hook] = ()  # of this process
-    evaluate: Callable[[int], tuple[dict, Figure | None]] | None = None  # given the iteration; in all processes
+    evaluate: Callable[[nn.Module, int], tuple[dict, Figure | None]] | None = None  # detector, iteration; everywhere
     eval_every: int | None = None  # iterations; none: at the end only
     workers: int = 0  # processes that decode, for each process that trains
     accumulate: int = 1  # parts that a process's share of the batch is learned from
@@ -208,11 +211,16 @@ class Trainer:
 
     def __post_init__(self):
         self.folder, self.device = Path(self.folder), next(self.model.parameters()).device
-        self.folder.mkdir(parents=True, exist_ok=True)
         set_training(self.model, self.recipe)
         self.replica = make_replica(self.model, self.recipe)
         self.optimizer, self.scaler = make_optimizer(self.recipe, self.model), make_scaler(self.recipe, self.device)
+        self.average = copy.deepcopy(trained_module(self.model)).eval() if self.recipe.ema else None
         self.stop, self.unread, self.data_seconds = StopRequest(), [], 0.0
+
+    @property
+    def result(self) -> nn.Module:
+        "Return the detector to evaluate and to keep: the average of the weights if there is one."
+        return self.average or trained_module(self.model)
 
     def call(self, moment: str, *values: object) -> None:
         "Call a method of every hook."
@@ -271,7 +279,7 @@ def resume(
 ) -> None:
     "Go back to the last sound checkpoint, and open the loader there."
     contents, damaged = last_checkpoint(trainer.folder)
-    done = load_checkpoint(contents, trainer.model, trainer.optimizer, trainer.scaler)
+    done = load_checkpoint(contents, trainer.model, trainer.optimizer, trainer.scaler, trainer.average)
     for path in damaged if local_rank() == 0 else []: print(f"{path} is damaged; going on from iteration {done}")
     if len(set(found := all_gather(done))) > 1:
         raise ValueError(
@@ -307,7 +315,7 @@ def save(
     log_steps(trainer)
     trainer.call("before_checkpoint")
     state = trainer.iteration, trainer.model, trainer.optimizer, trainer.scaler
-    if rank() == 0: save_checkpoint(trainer.folder, *state, trainer.keep_checkpoints)
+    if rank() == 0: save_checkpoint(trainer.folder, *state, trainer.keep_checkpoints, trainer.average)
 
 # %% ../../nbs/27_engine.trainer.ipynb #4ba54b4e
 CANNOT_GO_ON = 1  # the reason of a process that has no next batch; signals have higher numbers
@@ -348,12 +356,25 @@ def run_evaluation(
     stop = trainer.stop
     stop.at_once = True
     if stop.received: stop.leave(stop.received)
-    broadcast_buffers(trained_module(trainer.model))
+    for module in {trained_module(trainer.model), trainer.result}: broadcast_buffers(module)
     trainer.call("before_evaluation")
-    trainer.metrics, figure = trainer.evaluate(trainer.iteration)
+    trainer.metrics, figure = trainer.evaluate(trainer.result, trainer.iteration)
     trainer.call("after_evaluation", trainer.metrics, figure)
     set_training(trainer.model, trainer.recipe)
     stop.at_once = False
+
+# %% ../../nbs/27_engine.trainer.ipynb #aad2f0a7
+@torch.no_grad()
+def update_average(
+    average: nn.Module,  # of `model`'s trained module
+    model: nn.Module,  # a detector or a distillation
+    decay: float,
+) -> None:
+    "Move an average of the weights: decay · average + (1 − decay) · weights."
+    ours, theirs = average.state_dict(), trained_module(model).state_dict()
+    numbers = [name for name, value in ours.items() if value.is_floating_point()]
+    torch._foreach_lerp_([ours[name] for name in numbers], [theirs[name] for name in numbers], 1 - decay)
+    for name in ours.keys() - set(numbers): ours[name].copy_(theirs[name])  # BatchNorm's counters
 
 # %% ../../nbs/27_engine.trainer.ipynb #a7bbe076
 def training_loop(
@@ -381,7 +402,6 @@ def training_loop(
                     targets, trainer.accumulate, trainer.replica,
                 )
                 trainer.iteration += 1
-                trainer.call("after_step")
                 after_step(trainer, started, [target["image_id"] for target in targets])
     finally:
         trainer.call("after_training")
@@ -390,7 +410,9 @@ def training_loop(
 def after_step(trainer: Trainer, started: float, image_ids: list[int]) -> None:
     "Note the losses of a step, read them when it is time, and save when it is time."
     done, last, lr = trainer.iteration, trainer.recipe.iterations, trainer.optimizer.param_groups[0]["lr"]
+    if trainer.average: update_average(trainer.average, trainer.model, ema_decay_at(trainer.recipe, done - 1))
     trainer.unread.append(Step(done, trainer.losses, lr, started, trainer.data_seconds, image_ids))
+    trainer.call("after_step")
     if len(trainer.unread) == LOG_EVERY[trainer.device.type] or done == last: log_steps(trainer)
     if done % trainer.checkpoint_every == 0 or done == last or evaluation_due(trainer): save(trainer)
 

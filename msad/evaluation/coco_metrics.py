@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Sequence
 from itertools import chain
 from math import isfinite
-from numbers import Real
 
 import numpy as np
 import ultrafast_pycocotools as ultrafast
@@ -22,7 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from ..data.annotations import FIELDS, check_annotations, class_names
+from ..data.annotations import FIELDS, check_annotations, class_names, is_finite, is_number, quoted
 from ..data.files import read_json
 
 # %% ../../nbs/30_evaluation.coco_metrics.ipynb #378d959c
@@ -42,7 +41,7 @@ def read_truth(
         width, height = annotation["bbox"][2:]
         box = {key: annotation[key] for key in ("id", "image_id", "category_id", "bbox")}
         area = annotation.get("area")
-        box["area"] = area if isinstance(area, Real) and isfinite(area) else width * height
+        box["area"] = area if is_finite(area) else float(width) * float(height)
         box["iscrowd"] = int(annotation.get("iscrowd", 0))
         if box["id"] == 0:
             warnings.warn(f"{name}: pycocotools never counts annotation 0 as found: number them from 1.", stacklevel=4)
@@ -55,21 +54,21 @@ _RESULT = ("image_id", "category_id", "bbox", "score")
 
 
 def _check_result(result: dict, where: str, truth: ultrafast.COCO) -> dict:
-    if not isinstance(result, dict): raise ValueError(f"{where} is {result!r}: write an object with its fields.")
+    if not isinstance(result, dict): raise ValueError(f"{where} is {quoted(result)}: write an object with its fields.")
     for field in _RESULT:
         if field not in result: raise ValueError(f"{where} has no '{field}': add it.")
     for field, ids, section in (("image_id", truth.imgs, "images"), ("category_id", truth.cats, "categories")):
         value = result[field]
-        if not isinstance(value, Real) or value not in ids:
+        if not is_number(value) or value not in ids:
             raise ValueError(
-                f"{where} has '{field}' {value!r}, which is no id in '{section}' of the annotations: "
+                f"{where} has '{field}' {quoted(value)}, which is no id in '{section}' of the annotations: "
                 "use the annotation file that belongs to these results."
             )
     box, score = result["bbox"], result["score"]
-    if not isinstance(box, Sequence) or len(box) != 4 or not all(isinstance(v, Real) and isfinite(v) for v in box):
-        raise ValueError(f"{where} has 'bbox' {box!r}: write four finite numbers, x, y, width, height.")
-    if not isinstance(score, Real) or not isfinite(score):
-        raise ValueError(f"{where} has 'score' {score!r}: write a finite number.")
+    if not isinstance(box, Sequence) or len(box) != 4 or not all(map(is_finite, box)):
+        raise ValueError(f"{where} has 'bbox' {quoted(box)}: write four finite numbers, x, y, width, height.")
+    if not is_finite(score):
+        raise ValueError(f"{where} has 'score' {quoted(score)}: write a finite number.")
     ids = {field: int(result[field]) for field in ("image_id", "category_id")}
     return {**ids, "bbox": [float(side) for side in box], "score": float(score)}
 
@@ -80,10 +79,13 @@ def _table(results: list[dict], truth: ultrafast.COCO) -> np.ndarray | None:
     try: images, categories, boxes, scores = ([result[field] for result in results] for field in _RESULT)
     except KeyError: return None
     if not set(map(type, boxes)) <= {list, tuple} or set(map(len, boxes)) != {4}: return None
-    ids, numbers = {*images, *categories}, [*chain.from_iterable(boxes), *scores]
+    numbers = [*chain.from_iterable(boxes), *scores]
     if set(map(type, chain(images, categories))) != {int} or not set(map(type, numbers)) <= {int, float}: return None
     known = truth.imgs.keys() >= set(images) and truth.cats.keys() >= set(categories)
-    if not known or max(map(abs, ids)) >= 2**53 or not all(map(isfinite, numbers)): return None
+    if not known or max(map(abs, {*images, *categories})) >= 2**53: return None
+    try: finite = all(map(isfinite, numbers))
+    except OverflowError: return None  # a whole number of hundreds of digits
+    if not finite: return None
     return np.column_stack([images, np.array(boxes, dtype=float), scores, categories])
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ..data.files import write_json
 from ..data.images import CocoImages
 from ..engine.distributed import rank
+from ..engine.hooks import optional_picture
 from .coco_metrics import per_class_ap, run_coco_eval, summary_metrics
 from .inference import detect_dataset
 from .pictures import pick_images, plot_detections, save_figure
@@ -25,7 +26,7 @@ class Evaluation(NamedTuple):
 
     metrics: dict  # COCO's twelve, `classes` (AP of each), `seconds_per_image`, `images`
     results: list[dict]  # detections in COCO's format
-    figure: Figure  # some photographs with the outcomes of the detections
+    figure: Figure | None  # some photographs with the outcomes of the detections; none if they cannot be drawn
 
 
 def evaluate_model(
@@ -47,7 +48,9 @@ def evaluate_model(
         "images": len(images),
     }
     in_full = images.decoded_for(None)  # detections are in the pixels of the whole photographs
-    figure = plot_detections(in_full, {model.config.role: results}, pick_images(images, results, 4))
+    figure = None
+    with optional_picture("detections.png"):
+        figure = plot_detections(in_full, {model.config.role: results}, pick_images(images, results, 4))
     return Evaluation(metrics, results, figure)
 
 # %% ../../nbs/38_evaluation.evaluator.ipynb #946295e2
@@ -58,5 +61,7 @@ def write_evaluation(
 ) -> None:
     "Write the files of an evaluation; `metrics.json` comes last, so where it is the others are complete."
     write_json(folder / "detections.json", evaluation.results)
-    save_figure(evaluation.figure, folder / "figures" / "detections.png", dpi=90)
+    if evaluation.figure:
+        with optional_picture("detections.png"):
+            save_figure(evaluation.figure, folder / "figures" / "detections.png", dpi=90)
     write_json(folder / "metrics.json", {**evaluation.metrics, **more})

@@ -20,8 +20,8 @@ from ..data.loaders import EvalImages
 from ..data.transforms import EvalTransform
 from .curves import ROLE_COLORS
 from ..models.detector import Detector
-from ..models.fusion import HIGH_LEVELS, LOW_LEVELS
-from ..models.targets import RANGES
+from ..models.fusion import aligned_levels
+from ..models.targets import level_ranges
 
 # %% ../../nbs/37_evaluation.fusion_plots.ipynb #37806a66
 @torch.no_grad()
@@ -30,7 +30,7 @@ def fusion_scores(
     images: CocoImages,
     short_side: int,  # test size, pixels
     max_side: int,
-) -> Tensor:  # N×5×2: photographs × levels × weights of the high and the low view
+) -> Tensor:  # N×L×2: photographs × levels × weights of the high and the low view
     "Compute the fusion weights of each photograph. Raises a ValueError for a detector of one view."
     if not hasattr(model, "views"): raise ValueError("model has one view only: give a teacher.")
     model.eval()
@@ -57,7 +57,7 @@ def limit_weights(
 
 
 def plot_fusion_scores(
-    scores: Tensor,  # N×5×2, of `fusion_scores`
+    scores: Tensor,  # N×L×2, of `fusion_scores`
 ) -> Figure:
     "Draw the weight of the high view in each level of the fused pyramid: a dot a photograph, and their mean."
     weights = scores[:, :, 0].numpy()
@@ -68,8 +68,8 @@ def plot_fusion_scores(
     dots = ax.plot(places + offsets[:, None], weights, "o", color=color, ms=3, alpha=0.5, mew=0, label="a photograph")
     ax.hlines(weights.mean(axis=0), places - 0.35, places + 0.35, color="black", lw=2, label="mean")
     limit_weights(ax, weights)
-    pairs = zip(HIGH_LEVELS, LOW_LEVELS, strict=True)
-    ax.set_xticks(places, [f"P{high} + P{low}\n{2**high} px" for high, low in pairs])
+    levels = aligned_levels("high", len(places))
+    ax.set_xticks(places, [f"P{level} + P{level - 1}\n{2**level} px" for level in levels])
     ax.set_xlabel("level of the high + of the low view, stride in the high view")
     handles, labels = ax.get_legend_handles_labels()
     handles = [dots[0], *handles[len(dots):]]
@@ -78,20 +78,21 @@ def plot_fusion_scores(
 
 # %% ../../nbs/37_evaluation.fusion_plots.ipynb #8ea63706
 def object_weights(
-    scores: Tensor,  # N×5×2, of `fusion_scores`
+    scores: Tensor,  # N×L×2, of `fusion_scores`
     images: CocoImages,  # the N photographs
     short_side: int,  # the test size of the scores
     max_side: int,
-) -> np.ndarray:  # objects × (√area in the photograph's pixels, level from 0, weight of the high view)
+) -> np.ndarray:  # objects × (√area in the photograph's pixels, level of the high view, its weight)
     "Find the fusion weight of the level that finds each object (no crowds)."
     sizes = images.sizes[images.owner]
     boxes, usable = usable_boxes(images.boxes, sizes)
     resized = np.array([resized_size(*size, short_side, max_side) for size in images.sizes.tolist()])
     ratio = (resized / images.sizes)[images.owner][:, ::-1]
     sides = boxes[:, 2:] - boxes[:, :2]
-    farthest = [largest for _, largest in RANGES[:-1]]
-    levels = np.searchsorted(farthest, (sides * ratio).max(axis=1) / 2)
-    weights = scores[torch.from_numpy(images.owner), torch.from_numpy(levels), 0].numpy()
+    farthest = [largest for _, largest in level_ranges(scores.shape[1])[:-1]]
+    places = np.searchsorted(farthest, (sides * ratio).max(axis=1) / 2)
+    weights = scores[torch.from_numpy(images.owner), torch.from_numpy(places), 0].numpy()
+    levels = np.array(aligned_levels("high", scores.shape[1]))[places]
     chosen = usable & ~images.iscrowd
     return np.stack([np.sqrt(sides.prod(axis=1)), levels, weights], axis=1)[chosen]
 
@@ -108,8 +109,8 @@ def plot_object_weights(
     sizes, levels, values = weights.T
     for level in np.unique(levels).astype(int):
         mine = levels == level
-        style = dict(color=plt.cm.cividis(level / 4.5), ms=3, alpha=0.5, mew=0)
-        label = f"an object of P{HIGH_LEVELS[level]} + P{LOW_LEVELS[level]}"
+        style = dict(color=plt.cm.cividis((level - 3) / 4.5), ms=3, alpha=0.5, mew=0)
+        label = f"an object of P{level} + P{level - 1}"
         ax.plot(sizes[mine], values[mine], "o", **style, label=label)
     bins = np.floor(2 * np.log2(sizes)).astype(int)
     rows = [(2 ** (b / 2 + 0.25), values[bins == b].mean(), values[bins == b].std()) for b in np.unique(bins)]

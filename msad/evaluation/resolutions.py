@@ -18,6 +18,7 @@ from .bootstrap import interval_95
 from .curves import RunStyle
 from .errors import SHOWN_SCORE, outcome_counts, precision_recall
 from .inference import detect_dataset
+from .pictures import plain_text
 from ..models.detector import Detector, scaled_max_side
 
 # %% ../../nbs/39_evaluation.resolutions.ipynb #eb7ecb7b
@@ -72,7 +73,7 @@ def plot_resolutions(
             mean = values[:, which]
             reach = np.abs(np.stack([mean - low[:, which], high[:, which] - mean]))
             style = dict(color=color, ls=line, marker=marker, mfc="white", ms=6, capsize=2.5, lw=1.5)
-            ax.errorbar(places, mean, reach, **style, label=label)
+            ax.errorbar(places, mean, reach, **style, label=plain_text(label))
             ax.plot(places[is_own], mean[is_own], marker, color=color, ms=6, zorder=3)
     for ax, metric in zip(axs, ("precision", "recall"), strict=True):
         ax.set(xlabel="short side of the photograph [pixels]", ylabel=metric, ylim=(-0.03, 1.03))

@@ -119,8 +119,8 @@ def check_ablation(settings: AblationSettings) -> None:
     "Raise a `ValueError` that names the first field that makes no sense."
     if settings.other_seeds > settings.seeds:
         raise ValueError(f"other_seeds is {settings.other_seeds} and seeds {settings.seeds}: choose at most as many")
-    if isinstance(settings.variants, str):
-        raise ValueError(f"variants is {settings.variants!r}: write a list, such as [{settings.variants!r}]")
+    if not isinstance(settings.variants, list | tuple | None):
+        raise ValueError(f"variants is {settings.variants!r}: write a list, such as [{str(settings.variants)!r}]")
     if unknown := set(settings.variants or ()) - set(VARIANTS):
         raise ValueError(f"variants has {', '.join(map(str, unknown))}: choose from {', '.join(VARIANTS)}")
     recipe_of(settings, "scratch"), config_of(settings, ("object",), (1,))

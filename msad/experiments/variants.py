@@ -43,11 +43,10 @@ class UnshiftedTeacher(Teacher):
 class UnshiftedStudent(Student):
     "The low branch of an `UnshiftedTeacher`."
 
-    levels = HIGH_LEVELS
-
     def features(self, batch: Tensor) -> list[Tensor]:
         "Compute P3..P7 of the low view, resized to those of the high view."
-        return enlarge(super().features(batch), 2 * batch.shape[2], 2 * batch.shape[3])
+        levels = self.neck(self.backbone(batch), HIGH_LEVELS)
+        return enlarge(levels, 2 * batch.shape[2], 2 * batch.shape[3])
 
 # %% ../../nbs/61_experiments.variants.ipynb #ca37442a
 class EvenTeacher(Teacher):
@@ -64,8 +63,8 @@ def compose(kind: type[Detector], config: ModelConfig) -> Detector:
     "Build a detector of a kind with fresh weights; the random state decides them, the same for all kinds."
     teacher = build_model(replace(config, role="teacher"))
     parts = {name: getattr(teacher, name) for name in signature(kind).parameters}
-    if max(kind.levels) < 7: del teacher.neck.p7
     detector = kind(**parts)
+    if kind is Student: del detector.neck.p7  # the others read it
     detector.config = replace(config, role="teacher" if "fusion" in parts else "student")
     return detector
 

@@ -119,7 +119,7 @@ class Bottleneck(nn.Module):
 
 # %% ../../nbs/00_models.backbone.ipynb #568725d1
 class ResNet50(nn.Module):
-    "Slimmable ResNet-50: an image (N×3×H×W) → C2..C5 with `channels` channels at `strides` 4, 8, 16, 32."
+    "Slimmable ResNet-50: an image (N×3×H×W) → C1..C5 with `channels` channels at `strides` 2, 4, 8, 16, 32."
 
     def __init__(
         self,
@@ -140,12 +140,14 @@ class ResNet50(nn.Module):
             blocks += [Bottleneck(out_channels, out_channels) for _ in range(depth - 1)]
             self.stages.append(nn.Sequential(*blocks))
             channels = out_channels
-        self.channels, self.strides = [c[-1] for c in stage_channels], (4, 8, 16, 32)
+        self.channels = [self.stem[1].bn[-1].num_features, *(c[-1] for c in stage_channels)]
+        self.strides = (2, 4, 8, 16, 32)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        "Compute the outputs of the four stages, finest first."
-        x = self.stem(x)
-        features = []
+        "Compute the map before the pooling and the outputs of the four stages, finest first."
+        *layers, pool = self.stem
+        for layer in layers: x = layer(x)
+        features, x = [x], pool(x)
         for stage in self.stages:
             x = stage(x)
             features.append(x)
@@ -158,7 +160,7 @@ def width_index(
 ) -> int:
     "Find the position of `width` among `widths`; raises a `ValueError` that lists them if it is none of them."
     if width not in widths:
-        raise ValueError(f"width is {width!r}: choose one of {', '.join(map(str, widths))}")
+        raise ValueError(f"width is {width!r:.60}: choose one of {', '.join(map(str, widths))}")
     return list(widths).index(width)
 
 
@@ -170,7 +172,7 @@ def set_width(
     index = width_index(width, backbone.widths)
     for module in backbone.modules():
         if isinstance(module, SlimmableConv2d | SwitchableBatchNorm2d): module.width_index = index
-    backbone.channels = [int(c * width) for c in (256, 512, 1024, 2048)]
+    backbone.channels = [int(c * width) for c in (64, 256, 512, 1024, 2048)]
 
 # %% ../../nbs/00_models.backbone.ipynb #22a8c170
 def cut(
@@ -201,7 +203,7 @@ def resnet50(
 class BackboneFamily(NamedTuple):
     "Backbones of one architecture at several widths."
 
-    build: Callable[[float], nn.Module]  # width → network with `channels` and `strides` of C2..C5
+    build: Callable[[float], nn.Module]  # width → network with `channels` and `strides` of C1..C5
     widths: tuple[float, ...]
 
 

@@ -39,7 +39,8 @@ class Distillation(nn.Module):
 
     def __init__(self, student: Detector, teacher: Detector, alpha: float = 0.2):
         super().__init__()
-        self.student, self.teacher, self.alpha = student, teacher.requires_grad_(False), alpha
+        self.student, self.teacher = student, teacher.requires_grad_(False)
+        self.alpha, self.num_levels = alpha, student.num_levels
 
     @property
     def transform(self) -> InputTransform:
@@ -47,7 +48,7 @@ class Distillation(nn.Module):
         return self.student.transform
 
     def distance(self, features: Sequence[Tensor], fused: Sequence[Tensor]) -> Tensor:
-        "Compute the distance of the student's five maps from the teacher's."
+        "Compute the distance of the student's maps from the teacher's."
         return distillation_loss(features, fused, self.alpha)
 
     def train(self, mode: bool = True) -> "Distillation":

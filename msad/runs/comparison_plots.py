@@ -27,6 +27,7 @@ from ..data.images import CocoImages
 from ..evaluation.capacity import HIGH_SIZE, backbone_capacity, detector_flops
 from ..evaluation.coco_metrics import run_coco_eval
 from ..evaluation.curves import RUN_STYLES, RunStyle
+from ..evaluation.pictures import plain_text
 from ..models.detector import ROLES, ModelConfig, build_model
 from .comparison import Compared
 from .summary import gmac
@@ -116,7 +117,7 @@ def draw_points(
         offset = 8 * (same.index(point) - (len(same) - 1) / 2)
         place = offset_copy(ax.transData, ax.figure, offset, units="points")
         style = dict(fmt=point.style.marker, color=point.style.color, ms=7, mec="black", mew=0.5, capsize=3)
-        ax.errorbar(x, ap, [[below], [above]], **style, label=point.label, transform=place)
+        ax.errorbar(x, ap, [[below], [above]], **style, label=plain_text(point.label), transform=place)
         ax.update_datalim([(x, ap - np.nan_to_num(below)), (x, ap + np.nan_to_num(above))])
         if point.label: continue
         offset, side = ((6, -10), "left") if point.role == "teacher" else ((-6, 5), "right")
@@ -173,7 +174,7 @@ def plot_sizes(
     for number, runs in enumerate(compared):
         values, below, above = np.array([runs.metric(name) for name in sizes]).T
         places = np.arange(len(sizes)) + (number - (len(compared) - 1) / 2) * bar
-        style = dict(color=runs.style.color, ec="white", hatch=runs.style.hatch, lw=0, label=runs.label)
+        style = dict(color=runs.style.color, ec="white", hatch=runs.style.hatch, lw=0, label=plain_text(runs.label))
         ax.bar(places, np.nan_to_num(values), bar * 0.92, **style)
         ax.errorbar(places, values, [below, above], fmt="none", ecolor="black", lw=1.2, capsize=3)
         for x, value, reach in zip(places, values, above, strict=True):
@@ -213,8 +214,9 @@ def plot_classes(
         offset = (number - (len(compared) - 1) / 2) * 0.5 / max(len(compared), 1)
         values, below, above = np.array([runs.metric(name) for name in drawn]).reshape(-1, 3).T
         style = dict(fmt=runs.style.marker, color=runs.style.color, ms=6, mec="black", mew=0.4, capsize=2)
-        ax.errorbar(values, np.arange(len(drawn)) + offset, xerr=[below, above], **style, label=runs.label)
-    ax.set_yticks(range(len(drawn)), [f"{name} ({counts[images.class_names.index(name)]:,})" for name in drawn])
+        ax.errorbar(values, np.arange(len(drawn)) + offset, xerr=[below, above], **style, label=plain_text(runs.label))
+    labels = [f"{plain_text(name)} ({counts[images.class_names.index(name)]:,})" for name in drawn]
+    ax.set_yticks(range(len(drawn)), labels, family=plt.rcParams["font.family"])
     ax.set(xlabel="AP [%]", ylabel="class (objects to find)", xlim=(0, None), ylim=(len(drawn) - 0.4, -0.6))
     if not drawn: ax.text(0.5, 0.5, "no class has an AP", ha="center", transform=ax.transAxes)
     if len(ranked) > most:
@@ -244,7 +246,7 @@ def plot_precision_recall(
         style = dict(color=runs.style.color, ls=runs.style.line, marker=runs.style.marker)
         for iou, lw, ms in ((0.5, 2.2, 5), (0.75, 0.9, 3)):
             curve = np.mean(curves, axis=0)[np.isclose(evaluation.params.iouThrs, iou)][0]
-            text = f"{runs.label}, IoU {iou:g}: {100 * curve.mean():.1f}"
+            text = f"{plain_text(runs.label)}, IoU {iou:g}: {100 * curve.mean():.1f}"
             ax.plot(evaluation.params.recThrs, curve, **style, lw=lw, ms=ms, markevery=10, label=text)
     ax.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.03))
     ax.grid(alpha=0.25)

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['ADDED', 'RENAMED', 'CONTENT', 'RUN_FILES', 'SCHEDULE', 'repository', 'data_name', 'data_folder', 'runs_folder',
-           'default_folder', 'display_path', 'weights_file', 'detector_file', 'shorten', 'describe_difference',
-           'file_description', 'flat', 'current', 'changed_content', 'change_text', 'differences', 'read_settings',
-           'folder_state', 'FolderInUse', 'lock_run_folder', 'finished_runs', 'run_images']
+           'default_folder', 'display_path', 'weights_file', 'path_fault', 'detector_file', 'shorten',
+           'describe_difference', 'file_description', 'flat', 'current', 'changed_content', 'change_text',
+           'differences', 'read_settings', 'folder_state', 'FolderInUse', 'lock_run_folder', 'finished_runs',
+           'run_images']
 
 # %% ../../nbs/40_runs.folders.ipynb #4962aa8b
-import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..data.annotations import quoted
 from ..data.files import fingerprint, read_json
 from ..data.images import CocoImages
 from ..data.layouts import SplitPath, read_split
@@ -70,12 +72,23 @@ def weights_file(path: str | Path) -> Path:
     path = Path(path).expanduser().resolve()
     return path / "model_final.pth" if path.is_dir() else path
 
+# %% ../../nbs/40_runs.folders.ipynb #278782d7
+def path_fault(path: str | Path) -> str | None:
+    "Tell what makes a path one that no file can have, with the cure; none if nothing does."
+    try: name = os.fsencode(path)
+    except UnicodeEncodeError: return "a path cannot hold half a letter; write it anew"
+    if b"\0" in name: return "a path cannot hold the character NUL; write it without"
+    if len(name) > 4000 or any(len(part) > 255 for part in name.split(b"/")):
+        return "a path has at most 4,000 bytes, and each name in it 255; write a shorter one"
+    return None
+
 # %% ../../nbs/40_runs.folders.ipynb #36527e0a
 def detector_file(
     model: str | Path | None,  # run folder, file, or the name of bundled weights; none: "trees"
 ) -> Path:
-    "Find the weights of a detector. Raises `FileNotFoundError` when there are none."
+    "Find the weights of a detector. Raises `FileNotFoundError` when there are none, `ValueError` if no file can be."
     root, name = repository(), str(model or "trees")
+    if fault := path_fault(name): raise ValueError(f"model is {quoted(name)}: {fault}")
     bundled = {path.stem: path for path in (root / "models").glob("*.pth")} if root else {}
     if name in bundled and not Path(name).expanduser().exists(): return bundled[name]
     path = weights_file(name)
@@ -109,9 +122,10 @@ def describe_difference(there: object, now: object) -> tuple[str, str]:
 
 # %% ../../nbs/40_runs.folders.ipynb #7918c2d1
 # Settings of earlier versions: those they lack with the value their runs had, and those that have another name now.
-ADDED = {"reduced_decoding": False, "recipe.momentum": 0.9, "recipe.empty_images": False}
+ADDED = {"reduced_decoding": False, "recipe.momentum": 0.9, "recipe.max_grad_norm": 0.0, "recipe.ema": 0.0}
+ADDED |= {"recipe.empty_images": False}
 ADDED |= {f"model.{name}": value for name, value in Thresholds()._asdict().items()}
-ADDED |= {"model.backbone": "slimmable_resnet50"}
+ADDED |= {"model.backbone": "slimmable_resnet50", "model.finest_stride": 4}
 RENAMED = {"recipe.drops": "recipe.milestones", "recipe.distillation_alpha": "recipe.alpha"}
 RENAMED |= {"score_threshold": "min_score"}
 ADDED |= {f"{split}_{name}": None for split in ("train", "val") for name in ("annotations", "images")}
@@ -193,11 +207,11 @@ SCHEDULE = ("recipe.iterations", "recipe.milestones", "recipe.warmup", "recipe.d
 def read_settings(folder: Path, parameter: str = "out") -> dict:
     "Read a run folder's `settings.json`. Raises a `ValueError` when it is not valid JSON."
     try:
-        return json.loads((folder / "settings.json").read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(
-            f"{parameter}: {folder}/settings.json is not valid JSON; give another folder or remove this one"
-        ) from None
+        settings = read_json(folder / "settings.json")
+    except ValueError as error:
+        raise ValueError(f"{parameter}: {str(error).rstrip('.')}, or give another folder") from None
+    if isinstance(settings, dict): return settings
+    raise ValueError(f"{parameter}: {folder}/settings.json holds no JSON object; give another folder")
 
 
 def folder_state(

@@ -9,6 +9,7 @@ __all__ = ['MODEL_DEFAULTS', 'read_defaults', 'model_config', 'check_fit', 'base
            'prepare', 'plan_state']
 
 # %% ../../nbs/42_runs.plan.ipynb #0b6a586a
+import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..data.loaders import training_indices
 from ..data.summary import check_images, content, shared_files, unused_classes
 from ..data.transforms import TrainTransform
 from ..engine.distributed import is_launched, num_processes, resolve_device
+from ..engine.grid import grid_fit
 from ..engine.published import has_classes
 from ..engine.recipe import Recipe, adapt, find_recipe, unknown_name
 from ..engine.weights import Weights, load_model, load_weights, read_weights
@@ -46,17 +48,22 @@ from msad.runs.folders import (
 from .settings import RecipeSettings, TrainSettings, explicit_paths, settings_dict, split_paths
 
 # %% ../../nbs/42_runs.plan.ipynb #5dbec766
-MODEL_DEFAULTS = {"backbone": "slimmable_resnet50", "neck_channels": 256, "head_convs": 4, "short_side": 800}
+MODEL_DEFAULTS = {
+    "backbone": "slimmable_resnet50", "neck_channels": 256, "head_convs": 4, "finest_stride": 4, "short_side": 800,
+}
 
 
 def read_defaults(
     data: str | Path,  # data folder
 ) -> dict:
-    "Read the defaults of a data folder. Raises a `ValueError` for a name that has none."
+    "Read the defaults of a data folder. Raises a `ValueError` for a name that has none, or a wrong value."
     defaults = data_defaults(data)
     known = [*MODEL_DEFAULTS, *(field.name for field in fields(RecipeSettings))]
     for name in defaults:
         if name not in known: raise ValueError(f"{data}/msad.json: {unknown_name(name, known)}")
+    defaults = {name: value for name, value in defaults.items() if value is not None}
+    try: TrainSettings(role="student", **defaults)
+    except ValueError as error: raise ValueError(f"{data}/msad.json: {error}") from None
     return defaults
 
 # %% ../../nbs/42_runs.plan.ipynb #e77d3fe0
@@ -90,7 +97,7 @@ def check_fit(config: ModelConfig, images: CocoImages, weights: Weights | None, 
             f"weights: {weights.path} was trained with {weights.normalization} and the teacher with "
             f"{config.normalization}; give weights or a teacher of the same kind"
         )
-    for name in ("backbone", "width", "neck_channels", "head_convs", "class_names") if teacher else ():
+    for name in ("backbone", "width", "neck_channels", "head_convs", "finest_stride", "class_names") if teacher else ():
         theirs, ours = getattr(teacher, name), getattr(config, name)
         if theirs == ours or (name == "class_names" and has_classes(teacher, images.class_names)): continue
         theirs, ours = describe_difference(theirs, ours)
@@ -114,9 +121,14 @@ def resolve_recipe(
     settings: TrainSettings,
     defaults: dict,  # of the data
     processes: int = 1,  # that share a batch
+    images: CocoImages | None = None,  # to learn from; `epochs` are counted in them
 ) -> Recipe:
     "Resolve the recipe of a run. Raises a `ValueError` when its batches cannot be shared evenly."
-    recipe = adapt(base_recipe(settings, defaults), **settings.recipe_changes)
+    recipe, changes = base_recipe(settings, defaults), settings.recipe_changes
+    if settings.epochs and images:
+        seen = len(training_indices(images, changes.get("empty_images", recipe.empty_images)))
+        changes["iterations"] = math.ceil(settings.epochs * seen / changes.get("batch_size", recipe.batch_size))
+    recipe = adapt(recipe, **changes)
     parts = processes * settings.accumulate
     if recipe.batch_size % parts:
         raise ValueError(
@@ -207,6 +219,11 @@ def notes(plan: Plan) -> list[str]:
     base = base_recipe(settings, read_defaults(data_folder(settings.data)))
     if settings.lr is None and recipe.batch_size != base.batch_size:
         found.append(f"the learning rate is the recipe's {base.lr:g}, scaled with the batch size")
+    if recipe.batch_size < base.batch_size and recipe.iterations <= base.iterations and not settings.epochs:
+        found.append(
+            f"the recipe's batches are of {base.batch_size} images, so with these the network sees fewer in as many "
+            "iterations: more iterations make up for it"
+        )
     return found
 
 # %% ../../nbs/42_runs.plan.ipynb #585add94
@@ -218,6 +235,7 @@ def describe(plan: Plan) -> list[str]:
         f"{settings.role} of width {config.width:g}: {config.neck_channels} neck channels, {classes}, "
         f"test size {config.short_side} (at most {config.max_side}), padded to {config.pad}",
         *map(str, plan.summaries),
+        str(grid_fit(plan.images, config.short_side, config.max_side, config.finest_stride, config.pad)),
         *plan.oddities,
     ]
     if plan.teacher_plan:
@@ -398,7 +416,7 @@ def prepare(
     with torch.device("meta"): model = build_model(config)
     if weights: load_weights(model.to_empty(device="cpu"), weights)
     processes = count_processes(settings)
-    recipe = resolve_recipe(settings, defaults, processes)
+    recipe = resolve_recipe(settings, defaults, processes, images)
     # Where there are none, a run is the same either way.
     recipe = replace(recipe, empty_images=recipe.empty_images and count_empty(images) > 0)
     plan = Plan(

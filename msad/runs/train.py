@@ -30,7 +30,7 @@ from msad.engine.distributed import (
     rank,
     resolve_device,
 )
-from ..engine.hooks import Hook, LogFile, TensorBoard, Training, read_log
+from ..engine.hooks import Hook, LogFile, TensorBoard, Training, optional_picture, read_log
 from ..engine.launcher import LAUNCHER, exit_on_user_error, launch, worker
 from ..engine.trainer import ProgressBar, Trainer, seconds_per_step
 from ..engine.weights import load_model, load_weights, save_model
@@ -38,7 +38,7 @@ from ..evaluation.curves import plot_losses
 from ..evaluation.evaluator import Evaluation, evaluate_model, write_evaluation
 from ..evaluation.pictures import save_figure
 from ..models.detector import build_model, student_of
-from ..models.distillation import Distillation, trained_module
+from ..models.distillation import Distillation
 from .folders import display_path, lock_run_folder
 from .plan import Plan, plan_state, prepare
 from .settings import TrainSettings, read_settings_file, settings_dict
@@ -61,15 +61,15 @@ def initial_model(plan: Plan) -> tuple[torch.nn.Module, str]:
 class Validation:
     "The validation split, as the trainer evaluates on it; `last` is the latest evaluation, in process 0."
 
-    def __init__(self, plan: Plan, model: torch.nn.Module, images: CocoImages):
-        self.plan, self.model, self.images = plan, trained_module(model), images
+    def __init__(self, plan: Plan, images: CocoImages):
+        self.plan, self.images = plan, images
         self.last: Evaluation | None = None
 
-    def __call__(self, iteration: int) -> tuple[dict, Figure | None]:
-        "Evaluate the model: its metrics and a picture, in process 0."
+    def __call__(self, detector: torch.nn.Module, iteration: int) -> tuple[dict, Figure | None]:
+        "Evaluate a detector: its metrics and a picture, in process 0."
         config, at_the_end = self.plan.config, iteration == self.plan.recipe.iterations
         size, workers = (config.short_side, config.max_side), self.plan.settings.workers
-        self.last = evaluate_model(self.model, self.images, *size, workers, leave_bar=at_the_end)
+        self.last = evaluate_model(detector, self.images, *size, workers, leave_bar=at_the_end)
         return (self.last.metrics, self.last.figure) if self.last else ({}, None)
 
 
@@ -89,7 +89,7 @@ class BestModel(Hook):
         rows = read_log(trainer.folder, "evaluations.jsonl")
         earlier = [row["AP"] for row in rows if row["iteration"] < trainer.iteration]
         path = trainer.folder / "model_best.pth"
-        if not path.exists() or is_best(metrics["AP"], earlier): save_model(path, trained_module(trainer.model))
+        if not path.exists() or is_best(metrics["AP"], earlier): save_model(path, trainer.result)
 
 
 class Pictures(Hook):
@@ -98,8 +98,10 @@ class Pictures(Hook):
     def after_evaluation(self, trainer: Training, metrics: dict, figure: Figure | None) -> None:
         "Draw the losses so far, the metrics so far and some detections."
         figures, evaluations = trainer.folder / "figures", read_log(trainer.folder, "evaluations.jsonl")
-        save_figure(plot_losses(read_log(trainer.folder), evaluations), figures / "losses.png")
-        save_figure(figure, figures / "detections.png", dpi=90)
+        with optional_picture("losses.png"):
+            save_figure(plot_losses(read_log(trainer.folder), evaluations), figures / "losses.png")
+        if figure:
+            with optional_picture("detections.png"): save_figure(figure, figures / "detections.png", dpi=90)
         tqdm.write(f"iteration {trainer.iteration:,}: AP {metrics['AP']:.1f}, AP50 {metrics['AP50']:.1f}")
 
 # %% ../../nbs/43_runs.train.ipynb #66f047fa
@@ -123,6 +125,7 @@ def make_trainer(plan: Plan) -> Trainer:
     "Build model, data and hooks of a run."
     settings, recipe, size = plan.settings, plan.recipe, (plan.config.short_side, plan.config.max_side)
     model, text = initial_model(plan)
+    if list_checkpoints(settings.folder): text = "The weights are those of the last checkpoint"
     if local_rank() == 0: print(text)
     model = model.to(resolve_device(settings.devices), memory_format=torch.channels_last)
     images, val_images = plan.images, plan.val_images
@@ -132,7 +135,7 @@ def make_trainer(plan: Plan) -> Trainer:
     return Trainer(
         model, images, transform, recipe, settings.folder,
         hooks=[ProgressBar(), *([LogFile(), TensorBoard(), BestModel(), Pictures()] if rank() == 0 else [])],
-        evaluate=Validation(plan, model, val_images),
+        evaluate=Validation(plan, val_images),
         eval_every=settings.eval_every or max(300, recipe.iterations // 10),
         workers=settings.workers, accumulate=settings.accumulate, checkpoint_every=settings.checkpoint_every,
         keep_checkpoints=settings.keep_checkpoints,
@@ -152,7 +155,7 @@ def train_here(plan: Plan) -> None:
         trainer = make_trainer(plan)
         trainer.fit()
         if rank() == 0:
-            save_model(folder / "model_final.pth", trained_module(trainer.model))
+            save_model(folder / "model_final.pth", trainer.result)
             write_evaluation(folder, trainer.evaluate.last, iterations=plan.recipe.iterations)
 
 # %% ../../nbs/43_runs.train.ipynb #d6ff4b31
