@@ -428,8 +428,8 @@ def test_boxes_smaller_than_pixels(tmp_path):
     root = tmp_path / "cells"
     write_coco(root)
     text = str(prepare(settings_of(root, short_side=64, max_side=96)))
-    assert "boxes are too small to be learned at the test size 64: no location of the network is in them" in text
-    assert "too small" not in str(prepare(settings_of(root, short_side=400, max_side=800)))
+    assert "of the boxes lie between its locations" in text and " 0.0% of the boxes lie" not in text
+    assert " 0.0% of the boxes lie" in str(prepare(settings_of(root, short_side=400, max_side=800)))
 
     def to_fractions(dataset):
         for box in dataset["annotations"]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODEL_DEFAULTS', 'read_defaults', 'model_config', 'check_fit', 'base_recipe', 'resolve_recipe', 'Plan',
            'count_processes', 'describe_devices', 'count_empty', 'notes', 'describe', 'content_of', 'other_data',
-           'find_teacher', 'read_images', 'leave_out_classes', 'box_oddities', 'find_oddities', 'check_batch_norm',
+           'find_teacher', 'read_images', 'leave_out_classes', 'check_box_sides', 'find_oddities', 'check_batch_norm',
            'prepare', 'plan_state']
 
 # %% ../../nbs/42_runs.plan.ipynb #0b6a586a
@@ -30,7 +30,6 @@ from ..engine.published import has_classes
 from ..engine.recipe import Recipe, adapt, find_recipe, unknown_name
 from ..engine.weights import Weights, load_model, load_weights, read_weights
 from ..models.detector import ModelConfig, build_model, scaled_max_side
-from ..models.targets import STRIDES
 from msad.runs.folders import (
     change_text,
     changed_content,
@@ -342,40 +341,32 @@ def leave_out_classes(
     return learned, asked, [line if len(line) <= 300 else f"{line[:299]}…"]
 
 # %% ../../nbs/42_runs.plan.ipynb #3e8e1833
-def box_oddities(
+def check_box_sides(
     images: CocoImages,  # to learn from
     config: ModelConfig,
-) -> list[str]:
-    """Tell how many boxes no location of the network lies in, since nothing can learn those.
-
-    Raises a `ValueError` when half of the boxes are smaller than a pixel, as fractions of the image are.
-    """
+) -> None:
+    "Raise a `ValueError` when half of the boxes are smaller than a pixel, as fractions of the image are."
     boxes, usable = usable_boxes(images.boxes, images.sizes[images.owner])
     sizes, which = np.unique(images.sizes, axis=0, return_inverse=True)
     resized = np.array([resized_size(*size, config.short_side, config.max_side) for size in sizes.tolist()])
     scales = (resized / sizes)[which.ravel()][images.owner][:, ::-1]
     good = usable & ~images.iscrowd
-    low, high = boxes[good, :2] * scales[good], boxes[good, 2:] * scales[good]
-    median, at = float(np.median((high - low).min(axis=1))), f"at the test size {config.short_side}"
-    if median < 1:
+    sides = (boxes[good, 2:] - boxes[good, :2]) * scales[good]
+    if (median := float(np.median(sides.min(axis=1)))) < 1:
         raise ValueError(
-            f"{images.annotation_file}: the median side of a box is {median:.2g} pixels of the network {at}; write "
-            "boxes in pixels of the image (not as fractions of it), or choose a larger short_side"
+            f"{images.annotation_file}: the median side of a box is {median:.2g} pixels of the network at the test "
+            f"size {config.short_side}; write boxes in pixels of the image (not as fractions of it), or choose a "
+            "larger short_side"
         )
-    # Locations are at 4, 12, 20 and so on.
-    between = np.ceil(high / STRIDES[0] - 0.5) - np.floor(low / STRIDES[0] - 0.5) - 1
-    lost = int((between < 1).any(axis=1).sum())
-    if not lost: return []
-    return [f"{lost:,} of {len(low):,} boxes are too small to be learned {at}: no location of the network is in them"]
 
 
 def find_oddities(images: CocoImages, val_images: CocoImages, config: ModelConfig) -> list[str]:
     "List what is odd about two splits for a model. Raises a `ValueError` when it would spoil the run."
-    found = box_oddities(images, config)
-    if val_images is images or not (shared := shared_files(images, val_images)): return found
+    check_box_sides(images, config)
+    if val_images is images or not (shared := shared_files(images, val_images)): return []
     pair = " and ".join(shared[0])
     learned = "files in both splits, so that the evaluation asks for what was learned"
-    return [*found, f"{learned}: {len(shared)}, such as {pair}"]
+    return [f"{learned}: {len(shared)}, such as {pair}"]
 
 # %% ../../nbs/42_runs.plan.ipynb #7113bbad
 def check_batch_norm(plan: Plan) -> None:
