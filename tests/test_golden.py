@@ -245,6 +245,7 @@ def test_gradient_norms(case):
     assert {name: fraction for name, fraction in fractions.items() if fraction > allowed.get(name, 0.1)} == {}
 
 
+@pytest.mark.slow
 def test_gradient_norm_of_the_first_convolution(case):
     # Of ten million rectified values some are so near 0 that rounding decides which gradient flows. What comes of it
     # gathers here: pixels that differ in their seventh digit change the norm of teacher_w0.25 by half a percent. So a
