@@ -6,8 +6,10 @@
 import copy
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -228,15 +230,13 @@ def off_norms(case: Case, norms: dict[str, float]) -> dict[str, float]:
     return {our_name(name): off(norms[our_name(name)], x, floor) for name, x in recorded.items()}
 
 
-def norms_by_rounding(case: Case, draws: int = 6) -> Tensor:
-    "The first convolution's gradient norm with pixels that differ by what float32 rounds away, once a draw."
-    norms = []
+def norms_by_rounding(case: Case, draws: int = 16) -> Iterator[dict[str, float]]:
+    "The gradient norms with pixels that differ by what float32 rounds away, once a draw."
     for seed in range(draws):
         generator = torch.Generator().manual_seed(seed)
         noise = [1 + 1e-7 * torch.randn(image.shape, generator=generator) for image in case.images]
         pixels = [(image / 255 * factor).clamp(max=1) for image, factor in zip(case.images, noise, strict=True)]
-        norms.append(case.trained_on(pixels)[1][STEM])
-    return torch.tensor(norms, dtype=torch.float64)
+        yield case.trained_on(pixels)[1]
 
 
 def test_gradient_norms(case):
@@ -248,13 +248,10 @@ def test_gradient_norms(case):
 @pytest.mark.slow
 def test_gradient_norm_of_the_first_convolution(case):
     # Of ten million rectified values some are so near 0 that rounding decides which gradient flows. What comes of it
-    # gathers here: pixels that differ in their seventh digit change the norm of teacher_w0.25 by half a percent. So a
-    # recorded norm that is not ours to a thousandth has to be one of those that rounding alone makes.
-    if off_norms(case, case.training[1])[STEM] <= 1: return
-    norms = norms_by_rounding(case)
-    recorded = {our_name(name): float(x) for name, x in case.recorded("grad").items()}[STEM]
-    assert norms.std() < 5e-3 * recorded
-    assert abs(recorded - norms.mean()) <= 3 * norms.std()
+    # gathers here: pixels that differ in their seventh digit change the norm of teacher_w0.25 by half a percent. So the
+    # recorded norm is that of one rounding, ours or another.
+    norms = chain([case.training[1]], norms_by_rounding(case))
+    assert any(off_norms(case, norm)[STEM] <= 1 for norm in norms)
 
 
 def test_small_gradients_are_not_lost(case):

@@ -492,6 +492,7 @@ def test_wrong_setting(coco, tmp_path, change, message):
 @pytest.mark.parametrize("change, message", [
     (dict(role="pupil"), "role is 'pupil': choose one of teacher, student"),
     (dict(width=-1), "width is -1: choose one of 0.25, 0.5, 0.75, 1.0"),
+    (dict(finest_stride=3), "finest_stride is 3: choose one of 2, 4, 8"),
     (dict(precision="fp8"), "precision is 'fp8': choose one of fp32, bf16, fp16"),
     (dict(batch_norm="frozen"), "batch_norm is 'frozen': choose one of trained, fixed"),
 ])

@@ -9,7 +9,7 @@ __all__ = ['TURNS', 'TRAIN', 'VAL', 'LAYOUTS', 'REST', 'HELD_OUT', 'Split', 'pla
            'yolo_places', 'yolo_classes', 'read_lines', 'yolo_images', 'label_file', 'read_label_file', 'read_yolo',
            'coco_dataset', 'voc_files', 'VocFile', 'read_voc_file', 'first_pixel', 'coco_box', 'read_voc', 'Layout',
            'find_layout', 'groups_of_copies', 'part_of', 'without_classes', 'hold_out', 'SplitPath', 'read_split',
-           'read_splits', 'pick', 'check_exist', 'only', 'find_splits', 'shares_of']
+           'read_splits', 'pick', 'only', 'find_splits', 'shares_of']
 
 # %% ../../nbs/12_data.layouts.ipynb #c9ce49b0
 import os
@@ -560,9 +560,12 @@ def read_split(
     base = path.split.removesuffix(REST).removesuffix(HELD_OUT)
     images = Path(path.images).expanduser() if path.images else None
     if images and not images.is_dir():
-        raise FileNotFoundError(f"The image folder {images} does not exist: check the path or put it there.")
+        raise FileNotFoundError(f"The image folder {images} does not exist: check the path (train_images, val_images).")
     if path.annotations:
         source = Path(path.annotations).expanduser()
+        if not source.exists():
+            names = "train_annotations, val_annotations"
+            raise FileNotFoundError(f"The annotations {source} do not exist: check the path ({names}).")
         root = source.parents[1] if source.parent.name == "annotations" else source.parent
         split = (read_voc if source.is_dir() else read_coco)(root, base, source, images)
     else:
@@ -595,13 +598,6 @@ def pick(names: Iterable[str], known: tuple[str, ...]) -> list[str]:
     return next((choice for choice in (*exact, *similar) if choice), [])
 
 
-def check_exist(**paths: str | None) -> None:  # by the name of their parameter
-    "Raise FileNotFoundError for the first path that leads nowhere."
-    for name, path in paths.items():
-        if path and not Path(path).expanduser().exists():
-            raise FileNotFoundError(f"{name}: {path} does not exist: check the path or put the file there.")
-
-
 def only(names: list[str], root: Path, parameter: str, purpose: str) -> str:
     "Return the one name there is. Raises ValueError if there are more."
     if len(names) == 1: return names[0]
@@ -618,10 +614,6 @@ def find_splits(
     val_images: str | None = None,
 ) -> tuple[SplitPath, SplitPath]:
     "Find the splits to learn from and to evaluate on. Raises FileNotFoundError, or ValueError if a name is needed."
-    check_exist(
-        train_annotations=train_annotations, train_images=train_images, val_annotations=val_annotations,
-        val_images=val_images,
-    )
     root, share = Path(root), (train or val or "") if not (train and val) else ""
     if share.endswith((REST, HELD_OUT)) and not val_annotations:
         base = share.removesuffix(REST).removesuffix(HELD_OUT)

@@ -109,7 +109,7 @@ def plot_object_weights(
     sizes, levels, values = weights.T
     for level in np.unique(levels).astype(int):
         mine = levels == level
-        style = dict(color=plt.cm.cividis((level - 3) / 4.5), ms=3, alpha=0.5, mew=0)
+        style = dict(color=plt.cm.cividis((level - 2) / 5.5), ms=3, alpha=0.5, mew=0)
         label = f"an object of P{level} + P{level - 1}"
         ax.plot(sizes[mine], values[mine], "o", **style, label=label)
     bins = np.floor(2 * np.log2(sizes)).astype(int)

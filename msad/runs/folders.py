@@ -123,12 +123,11 @@ def describe_difference(there: object, now: object) -> tuple[str, str]:
 # %% ../../nbs/40_runs.folders.ipynb #7918c2d1
 # Settings of earlier versions: those they lack with the value their runs had, and those that have another name now.
 ADDED = {"reduced_decoding": False, "recipe.momentum": 0.9, "recipe.max_grad_norm": 0.0, "recipe.ema": 0.0}
-ADDED |= {"recipe.empty_images": False}
+ADDED |= {"recipe.empty_images": False, "model.backbone": "slimmable_resnet50", "model.finest_stride": 4}
 ADDED |= {f"model.{name}": value for name, value in Thresholds()._asdict().items()}
-ADDED |= {"model.backbone": "slimmable_resnet50", "model.finest_stride": 4}
+ADDED |= {f"{split}_{name}": None for split in ("train", "val") for name in ("annotations", "images")}
 RENAMED = {"recipe.drops": "recipe.milestones", "recipe.distillation_alpha": "recipe.alpha"}
 RENAMED |= {"score_threshold": "min_score"}
-ADDED |= {f"{split}_{name}": None for split in ("train", "val") for name in ("annotations", "images")}
 
 
 def file_description(path: Path) -> dict:

@@ -130,7 +130,7 @@ def check_value(
 
 def check_model(settings: TrainSettings) -> None:
     "Raise a `ValueError` that names the first field of the model that makes no sense whatever its teacher and data."
-    names = ("width", "backbone", "neck_channels", "head_convs")
+    names = ("width", "backbone", "neck_channels", "head_convs", "finest_stride")
     ModelConfig(settings.role, **{name: value for name in names if (value := getattr(settings, name)) is not None})
 
 # %% ../../nbs/41_runs.settings.ipynb #8e9e5ac6
