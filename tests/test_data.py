@@ -394,7 +394,7 @@ def test_a_sample_depends_on_seed_epoch_and_image_alone(data):
     images = CocoImages(data[0], "train")
 
     def sample(seed, epoch, index):
-        return TrainImages(images, TrainTransform(64, 107, "all", seed))[epoch, index][0]
+        return TrainImages(images, TrainTransform(64, 107, "all", seed), range(len(images)))[epoch, index][0]
 
     before = sample(1, 4, 3)
     for epoch, index in ((0, 0), (9, 5), (4, 1)): sample(1, epoch, index)
@@ -440,7 +440,8 @@ def test_reduced_decoding(tmp_path):
         assert grey[y1 + 2 : y2 - 2, x1 + 2 : x2 - 2].max() < 40
         assert (grey < 125).sum() == pytest.approx((x2 - x1) * (y2 - y1), rel=0.03)
         for epoch in range(8):
-            one, other = (TrainImages(images, TrainTransform(*sizes, "all"))[epoch, 5] for images in (whole, part))
+            transform = TrainTransform(*sizes, "all")
+            one, other = (TrainImages(images, transform, range(9))[epoch, 5] for images in (whole, part))
             assert one[0].shape == other[0].shape and (one[0].float() - other[0].float()).abs().mean() < 3
             torch.testing.assert_close(torch.as_tensor(one[1]["boxes"]), torch.as_tensor(other[1]["boxes"]))
         (views, targets), *_ = [

@@ -16,19 +16,28 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 
 from .images import CocoImages, resized_size
-from .transforms import EvalTransform, TrainTransform
+from .transforms import EvalTransform, TrainTransform, make_mosaic
 
 # %% ../../nbs/15_data.loaders.ipynb #09aacecc
 class TrainImages(Dataset):
     "Training samples: `CocoImages` seen through a `TrainTransform`, indexed by (epoch, image number)."
 
-    def __init__(self, images: CocoImages, transform: TrainTransform):
-        self.images, self.transform = images, transform
+    def __init__(
+        self,
+        images: CocoImages,
+        transform: TrainTransform,
+        indices: Sequence[int],  # the images to learn from, as `training_indices` gives them
+    ):
+        self.images, self.transform, self.indices = images, transform, indices
 
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> tuple[tv_tensors.Image, dict]:
         "Make the sample (C×H×W uint8, target) that an image gives in an epoch."
         epoch, index = epoch_and_index
-        return self.transform(*self.images[index], epoch)
+        sample = self.transform(*self.images[index], epoch)
+        rng = self.transform.mosaic_rng(epoch, sample[1]["image_id"])
+        if rng is None: return sample
+        others = [self.indices[number] for number in rng.integers(len(self.indices), size=3)]
+        return make_mosaic([sample, *(self.transform(*self.images[other], epoch) for other in others)], rng)
 
 
 class EvalImages(Dataset):
@@ -127,7 +136,7 @@ def train_loader(
     "Load endless batches of training samples (this process's part of each); the number of workers changes nothing."
     indices = training_indices(images, empty_images)
     sampler = TrainSampler(images.sizes, indices, batch_size, transform.seed, start, rank, world_size)
-    return _loader(TrainImages(images, transform), sampler, workers)
+    return _loader(TrainImages(images, transform, indices), sampler, workers)
 
 # %% ../../nbs/15_data.loaders.ipynb #e6ceb9b6
 def eval_loader(

@@ -123,6 +123,8 @@ def describe_difference(there: object, now: object) -> tuple[str, str]:
 # %% ../../nbs/40_runs.folders.ipynb #7918c2d1
 # Settings of earlier versions: those they lack with the value their runs had, and those that have another name now.
 ADDED = {"reduced_decoding": False, "recipe.momentum": 0.9, "recipe.max_grad_norm": 0.0, "recipe.ema": 0.0}
+ADDED |= {f"recipe.{name}": 0.0 for name in ("scale_jitter", "photometric", "iou_crop", "mosaic")}
+ADDED |= {"recipe.mosaic_until": 0.7, "recipe.patience": 0}
 ADDED |= {"recipe.empty_images": False, "model.backbone": "slimmable_resnet50", "model.finest_stride": 4}
 ADDED |= {f"model.{name}": value for name, value in Thresholds()._asdict().items()}
 ADDED |= {f"{split}_{name}": None for split in ("train", "val") for name in ("annotations", "images")}

@@ -40,11 +40,17 @@ class RecipeSettings:
     alpha: float | None = None  # size of a student's distillation loss; 0: a low-resolution detector without it
     distillation_warmup: int | None = None  # iterations over which the weight of the distillation rises
     flips: str | None = None  # "horizontal", or "all" symmetries of a square, for pictures from above
+    scale_jitter: float | None = None  # j: scales from 1 / (1 + j) to 1 + j, cropped or padded; 0: 0.8 to 1, neither
+    photometric: float | None = None  # probability of each change of the colours
+    iou_crop: float | None = None  # part of the samples that are cropped around some objects
+    mosaic: float | None = None  # part of the samples that are put together from four photographs
+    mosaic_until: float | None = None  # part of the run after which there are no mosaics
     precision: str | None = None  # of the network: "fp32", "bf16" or "fp16"
     batch_norm: str | None = None  # "trained", or "fixed": its statistics stay those of the initial weights
     max_grad_norm: float | None = None  # gradients are scaled down to this norm at most; 0: never
     ema: float | None = None  # part of the run that a moving average of the weights reaches back over; 0: none
     empty_images: bool | None = None  # learn from photographs without objects too, at most as many as there are others
+    patience: int | None = None  # evaluations in a row without a better AP after which training ends; 0: never
 
     @property
     def recipe_changes(self) -> dict:
@@ -136,7 +142,8 @@ def check_model(settings: TrainSettings) -> None:
 # %% ../../nbs/41_runs.settings.ipynb #8e9e5ac6
 FROM_ZERO = (
     "workers", "seed", "node_rank", "max_restarts", "warmup", "distillation_warmup", "alpha", "weight_decay",
-    "momentum", "max_grad_norm", "ema", "score_thresh", "min_score", "nms_thresh",
+    "momentum", "max_grad_norm", "ema", "scale_jitter", "photometric", "iou_crop", "mosaic", "mosaic_until", "patience",
+    "score_thresh", "min_score", "nms_thresh",
 )
 AT_MOST = {"workers": 1024, "seed": 2**63 - 1, **{name: most for name, (_, most) in WHOLE_NUMBERS.items()}}
 

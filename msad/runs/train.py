@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['initial_model', 'Validation', 'is_best', 'BestModel', 'Pictures', 'duration', 'print_estimate', 'make_trainer',
-           'train_here', 'run', 'train', 'main']
+           'go_back_to_best', 'train_here', 'run', 'train', 'main']
 
 # %% ../../nbs/43_runs.train.ipynb #56d7a917
 import argparse
@@ -32,8 +32,8 @@ from msad.engine.distributed import (
 )
 from ..engine.hooks import Hook, LogFile, TensorBoard, Training, optional_picture, read_log
 from ..engine.launcher import LAUNCHER, exit_on_user_error, launch, worker
-from ..engine.trainer import ProgressBar, Trainer, seconds_per_step
-from ..engine.weights import load_model, load_weights, save_model
+from ..engine.trainer import ProgressBar, Trainer, make_transform, seconds_per_step
+from ..engine.weights import load_model, load_weights, read_weights, save_model
 from ..evaluation.curves import plot_losses
 from ..evaluation.evaluator import Evaluation, evaluate_model, write_evaluation
 from ..evaluation.pictures import save_figure
@@ -130,7 +130,7 @@ def make_trainer(plan: Plan) -> Trainer:
     model = model.to(resolve_device(settings.devices), memory_format=torch.channels_last)
     images, val_images = plan.images, plan.val_images
     if settings.reduced_decoding: images, val_images = images.decoded_for(size), val_images.decoded_for(size)
-    transform = TrainTransform(*size, recipe.flips, settings.seed)
+    transform = make_transform(recipe, size, images, settings.seed)
     print_estimate(plan, model, images, transform)
     return Trainer(
         model, images, transform, recipe, settings.folder,
@@ -142,6 +142,17 @@ def make_trainer(plan: Plan) -> Trainer:
     )
 
 # %% ../../nbs/43_runs.train.ipynb #48072566
+def go_back_to_best(
+    trainer: Trainer,  # whose training has ended
+) -> dict[str, int]:  # what `metrics.json` tells of it; nothing where no patience ended it
+    "Where patience ended a training, take the weights of the best evaluation and evaluate them again."
+    if trainer.iteration >= trainer.recipe.iterations: return {}
+    if local_rank() == 0: print(f"No better AP for {trainer.recipe.patience} evaluations: the best model counts")
+    load_weights(trainer.result, read_weights(trainer.folder / "model_best.pth", "out"))
+    trainer.evaluate(trainer.result, trainer.recipe.iterations)
+    return {"stopped": trainer.iteration}
+
+
 def train_here(plan: Plan) -> None:
     "Do this process's part of a training; a finished run stays as it is."
     settings, folder = plan.settings, plan.settings.folder
@@ -154,9 +165,10 @@ def train_here(plan: Plan) -> None:
             (folder / "metrics.json").unlink(missing_ok=True)
         trainer = make_trainer(plan)
         trainer.fit()
+        done = go_back_to_best(trainer)
         if rank() == 0:
             save_model(folder / "model_final.pth", trainer.result)
-            write_evaluation(folder, trainer.evaluate.last, iterations=plan.recipe.iterations)
+            write_evaluation(folder, trainer.evaluate.last, iterations=plan.recipe.iterations, **done)
 
 # %% ../../nbs/43_runs.train.ipynb #d6ff4b31
 def run(
