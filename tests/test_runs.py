@@ -532,9 +532,15 @@ def test_out_is_a_file_or_holds_something_else(coco, tmp_path):
     with pytest.raises(ValueError, match="is not valid JSON"): prepare(teacher_settings(coco, tmp_path / "else"))
 
 
-def test_student_without_a_teacher(coco, tmp_path):
-    with pytest.raises(FileNotFoundError, match="msad train --role teacher .*--width 0.25"):
-        prepare(TrainSettings(role="student", data=str(coco), out=str(tmp_path / "run"), **SMALL))
+def test_missing_teacher_is_trained_first(coco, tmp_path):
+    given = dict(SMALL, flips="all", recipe="auto", lr=0.5, alpha=0.1)
+    plan = prepare(TrainSettings(role="student", data=str(coco), out=str(tmp_path / "run"), **given))
+    theirs = plan.teacher_plan
+    assert plan.teacher == default_folder(coco, "teacher", 0.25) / "model_final.pth"
+    assert theirs.settings.folder == plan.teacher.parent and theirs.recipe.flips == "all"
+    assert (theirs.config.neck_channels, theirs.config.short_side) == (64, 128)
+    assert theirs.recipe.lr != 0.5 and theirs.recipe.iterations != 3
+    assert "it is trained first" in str(plan) and not (tmp_path / "run").exists()
 
 
 def test_missing_teacher_on_the_bundled_photographs_is_trained_first(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ CHOICES = {
 LEAST = {"iterations": 1, "batch_size": 1, "warmup": 0, "distillation_warmup": 0, "patience": 0}
 LARGEST = 2**31 - 1  # of whole numbers
 
-
+# %% ../../nbs/22_engine.recipe.ipynb #c3a50001
 def check_recipe(
     recipe: Recipe,
 ) -> None:
@@ -201,7 +201,7 @@ def find_recipe(
     if name == "published": return PUBLISHED_RECIPES[role, float(width)]
     if name == "small": return SMALL[role]
     if not name.endswith(".json"):
-        raise ValueError(f"recipe is {name!r}: choose published, small, or the path of a JSON file")
+        raise ValueError(f"recipe is {name!r}: choose auto, published, small, or the path of a JSON file")
     values, known = read_json(name), [field.name for field in fields(Recipe)]
     if not isinstance(values, dict): raise ValueError(f"recipe: {name} holds no JSON object: write fields and values")
     for field in values:

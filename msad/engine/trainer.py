@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ..data.images import CocoImages
 from ..data.loaders import batches, train_loader, training_indices
-from ..data.transforms import TrainTransform
+from ..data.transforms import TrainTransform, Variety
 from .checkpoint import last_checkpoint, load_checkpoint, rename_damaged, save_checkpoint
 from msad.engine.distributed import (
     all_gather,
@@ -79,10 +79,8 @@ def make_transform(
 ) -> TrainTransform:
     "Make the transform of a run's samples."
     epochs = recipe.iterations * recipe.batch_size / max(len(training_indices(images, recipe.empty_images)), 1)
-    return TrainTransform(
-        *size, recipe.flips, seed, recipe.scale_jitter, recipe.photometric, recipe.iou_crop, recipe.mosaic,
-        mosaic_epochs=round(recipe.mosaic_until * epochs),
-    )
+    parts = recipe.scale_jitter, recipe.photometric, recipe.iou_crop, recipe.mosaic
+    return TrainTransform(*size, recipe.flips, seed, Variety(*parts, mosaic_epochs=round(recipe.mosaic_until * epochs)))
 
 # %% ../../nbs/27_engine.trainer.ipynb #a6a4cff5
 class LossModule(nn.Module):
@@ -222,7 +220,6 @@ class Trainer:
     keep_checkpoints: int = 3
     iteration: int = field(default=0, init=False)  # updates done
     metrics: dict | None = field(default=None, init=False)  # of the last evaluation
-    history: list[float | None] = field(default_factory=list, init=False)  # AP of each evaluation
 
     def __post_init__(self):
         self.folder, self.device = Path(self.folder), next(self.model.parameters()).device
@@ -230,7 +227,7 @@ class Trainer:
         self.replica = make_replica(self.model, self.recipe)
         self.optimizer, self.scaler = make_optimizer(self.recipe, self.model), make_scaler(self.recipe, self.device)
         self.average = copy.deepcopy(trained_module(self.model)).eval() if self.recipe.ema else None
-        self.stop, self.unread, self.data_seconds = StopRequest(), [], 0.0
+        self.stop, self.unread, self.data_seconds, self.history = StopRequest(), [], 0.0, []  # AP of each evaluation
 
     @property
     def result(self) -> nn.Module:
@@ -452,7 +449,7 @@ def seconds_per_step(
     workers: int = 0,  # processes that will decode
     accumulate: int = 1,  # parts that a process's share of the batch is learned from
 ) -> float:
-    "Measure the seconds of an iteration: the faster of two, after one that warms up. `model` is left as it was."
+    "Measure the seconds of an iteration: the median of three, after one that warms up. `model` is left as it was."
     trial = copy.deepcopy(model)
     set_training(trial, recipe)
     replica = make_replica(trial, recipe)
@@ -460,12 +457,13 @@ def seconds_per_step(
     shares = dict(rank=rank(), world_size=world_size(), empty_images=recipe.empty_images)
     loader = batches(train_loader(images, transform, recipe.batch_size, **shares))
     seconds = []
-    for iteration in range(3):
+    for iteration in range(4):
         started = time.perf_counter()
         batch = next(loader)
         loaded = time.perf_counter()
         [losses] = read_losses([train_step(trial, *state, recipe, iteration, *batch, accumulate, replica)])
         check_finite(losses, iteration + 1, [target["image_id"] for target in batch[1]])
         loading, step = loaded - started, time.perf_counter() - loaded
-        seconds.append(max(step, loading / workers) if workers else step + loading)
-    return min(seconds[1:])
+        beside = workers > 0 and next(model.parameters()).device.type != "cpu"  # else they share the processor's cores
+        seconds.append(max(step, loading / workers) if beside else step + loading / max(workers, 1))
+    return sorted(seconds[1:])[1]
