@@ -22,7 +22,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("msad.runs.train", "TrainSettings", "train", "Train a teacher or a student on your data."),
+    "train": Command("msad.deploy.ship", "TrainSettings", "ship", "Train a teacher or a student on your data."),
     "evaluate": Command("msad.runs.evaluate", "EvaluateSettings", "evaluate", "Measure a detector by COCO's metrics."),
     "predict": Command("msad.deploy.predict", "PredictSettings", "predict", "Detect objects in photographs."),
     "export": Command("msad.deploy.onnx", "ExportSettings", "export", "Write a detector as an ONNX file."),

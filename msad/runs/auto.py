@@ -118,7 +118,7 @@ def auto_recipe(
     count = len(training_indices(images, empty_images=True))
     batch = min(BATCH[device], count)
     iterations = max(1, images_to_show(count) // batch)
-    lr = (LR if from_nothing else LR / 2) * (batch / 8) ** 0.5
+    lr = float(f"{(LR if from_nothing else LR / 2) * (batch / 8) ** 0.5:.2g}")
     recipe = Recipe(
         iterations, batch, lr, "adamw", "cosine", warmup=max(1, iterations // 10), weight_decay=0.05, ema=0.05,
         alpha=0.02, distillation_warmup=max(1, round(0.3 * iterations)), scale_jitter=0.4,

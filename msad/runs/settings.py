@@ -101,6 +101,7 @@ class TrainSettings(MachineSettings, RecipeSettings):
     max_side: int | None = None  # limit of the long side; none: in their proportion, else of 1333 to 800
     reduced_decoding: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8 where enough: faster, pixels differ a little
     seed: int = 0  # in one process on a CPU, the same seed on the same machine gives the same losses
+    export: bool = False  # also write model.onnx into the run folder, for runtimes without PyTorch
     eval_every: int | None = None  # iterations between evaluations on the way; none: a tenth of the run, or more
 
     def __post_init__(self):
