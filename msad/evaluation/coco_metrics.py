@@ -161,9 +161,11 @@ def summary_metrics(
 
 def per_class_ap(
     evaluation: ultrafast.COCOeval,  # of `run_coco_eval`
+    iou: float | None = None,  # least overlap of a detection, such as 0.5; none: the mean from 0.5 to 0.95
 ) -> dict[str, float]:  # class name to AP in percent, in the order of the labels
     "Read the AP of every class; nan where the class has no object to find."
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU × recall × class; all sizes, 100 an image
+    if iou is not None: precision = precision[np.isclose(evaluation.params.iouThrs, iou)]
     values = [np.mean(p[p > -1]) if (p > -1).any() else -1.0 for p in np.moveaxis(precision, 2, 0)]
     return {name: _percent(value) for name, value in zip(class_names(evaluation.cocoGt), values, strict=True)}
 

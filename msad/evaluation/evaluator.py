@@ -24,7 +24,7 @@ from ..models.detector import Detector
 class Evaluation(NamedTuple):
     "The result of running a detector over a data set."
 
-    metrics: dict  # COCO's twelve, `classes` (AP of each), `seconds_per_image`, `images`
+    metrics: dict  # COCO's twelve, AP and AP50 of `classes` and `classes_AP50`, `seconds_per_image`, `images`
     results: list[dict]  # detections in COCO's format
     figure: Figure | None  # some photographs with the outcomes of the detections; none if they cannot be drawn
 
@@ -44,6 +44,7 @@ def evaluate_model(
     metrics = {
         **summary_metrics(evaluation),
         "classes": per_class_ap(evaluation),
+        "classes_AP50": per_class_ap(evaluation, 0.5),
         "seconds_per_image": seconds,
         "images": len(images),
     }
