@@ -243,7 +243,7 @@ def test_what_a_model_cannot_detect_in(models):
     (TrainSettings, {"milestones": ["60"]}, "milestones is '60': choose a whole number"),
     (TrainSettings, {"teacher": "runs"}, "teacher is 'runs': only a student has a distillation, so leave it out"),
     (TrainSettings, {"distillation_warmup": 5}, "distillation_warmup is 5: only a student has a distillation"),
-    (TrainSettings, {"neck_channels": 100}, "neck_channels is 100: choose 64, 96, 128"),
+    (TrainSettings, {"neck_channels": 100}, "neck_channels is 100: choose 16, 32, 48, 64, 96"),
     (TrainSettings, {"neck_channels": 10**30}, "neck_channels is 10{30}: choose a whole number from 1 to 4,096"),
     (TrainSettings, {"short_side": 200, "max_side": 100}, "short_side is 200 and max_side 100"),
     (TrainSettings, {"workers": 10**19}, "workers is 10{19}: choose at most 1,024"),

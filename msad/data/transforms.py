@@ -149,7 +149,7 @@ def vary(
     short_side, size = transform.short_sides[rng.integers(6)], target["size"]
     transpose, vertical, horizontal = rng.integers(2, size=3) == 1
     if transform.flips == "horizontal": transpose = vertical = False
-    torch.manual_seed(int(rng.integers(2**63)))
+    torch.default_generator.manual_seed(int(rng.integers(2**63)))
     boxes, labels = single_boxes(target)
     if rng.random() < transform.variety.iou_crop:
         whole = image.size
@@ -176,7 +176,7 @@ def make_mosaic(
     y, x = (max(1, int(rng.uniform(0.25, 0.75) * side)) for side in (height, width))
     canvas, boxes, labels = torch.empty_like(first), [], []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng.integers(2**63)))
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
         for number, (image, part) in enumerate(samples):
             rows = slice(0, y) if number < 2 else slice(y, height)
             columns = slice(0, x) if number % 2 == 0 else slice(x, width)

@@ -18,21 +18,21 @@ from .postprocess import Thresholds, postprocess
 from .targets import HeadOutputs, Targets
 
 # %% ../../nbs/05_models.head.ipynb #c08ee421
-GROUPS = 32
+GROUPS = 32  # at most
 
 
 def tower(channels: int, num_convs: int) -> nn.Sequential:
     "Stack `num_convs` times 3×3 convolution, GroupNorm, ReLU."
-    layers = []
+    layers, groups = [], min(GROUPS, channels // 2)
     for _ in range(num_convs):
-        layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(GROUPS, channels), nn.ReLU(inplace=True)]
+        layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(groups, channels), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
 def check_channels(channels: int) -> None:
     "Raise a `ValueError` unless each group of the normalisation has as many channels, and two or more."
-    if channels < 2 * GROUPS or channels % GROUPS:
-        raise ValueError(f"neck_channels is {channels}: choose 64, 96, 128 … (the head normalises {GROUPS} groups)")
+    if channels not in (16, 48) and (channels < 1 or channels % GROUPS):
+        raise ValueError(f"neck_channels is {channels}: choose 16, 32, 48, 64, 96, 128 … (the head normalises groups)")
 
 
 def init_head(module: nn.Module) -> None:
@@ -46,7 +46,7 @@ class FCOSHead(nn.Module):
     """FCOS's head (Tian et al., ICCV 2019), with centre-ness beside the box and ReLU'd distances.
 
     `channels` and `num_levels` are the pyramid's, `num_convs` are in each of the two towers, `decode` uses the
-    `thresholds`. Raises a `ValueError` unless `channels` is a multiple of 32, and at least 64.
+    `thresholds`. Raises a `ValueError` unless `channels` is 16, 48 or a multiple of 32.
     """
 
     def __init__(

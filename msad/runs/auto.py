@@ -89,8 +89,8 @@ def auto_model(
     return {
         "short_side": size,
         "finest_stride": choose_stride(images, short, max_side or scaled_max_side(short)),
-        "neck_channels": Choice(64 if small else 256, "a processor" if small else "a GPU, as published"),
-        "head_convs": Choice(1 if small else 4, "a processor" if small else "a GPU, as published"),
+        "neck_channels": Choice(32 if small else 256, "what a processor takes" if small else "as published"),
+        "head_convs": Choice(2 if small else 4, "what a processor takes" if small else "as published"),
     }
 
 # %% ../../nbs/41_runs.auto.ipynb #473727fc
