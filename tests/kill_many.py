@@ -78,10 +78,11 @@ def kill_many(kills: int, iterations: int = 60, seed: int = 0) -> dict:
 
     def settings(name):
         path = root / f"{name}.json"
-        size = dict(width=0.25, neck_channels=64, short_side=64, max_side=107, batch_size=2, iterations=iterations)
+        size = dict(width=0.25, neck_channels=64, short_side=64, max_side=107)
+        length = dict(recipe="published", batch_size=2, iterations=iterations)
         writing = dict(checkpoint_every=1, keep_checkpoints=2, eval_every=20)
         places = dict(role="teacher", data=str(root / "data"), out=str(root / name), devices="cpu", workers=1)
-        path.write_text(json.dumps({**places, **size, **writing}))
+        path.write_text(json.dumps({**places, **size, **length, **writing}))
         return path
 
     started = time.monotonic()

@@ -11,7 +11,7 @@ from conftest import ROOT, write_coco, write_teacher
 
 pytestmark = pytest.mark.slow
 
-SIZES = {"iterations": 2, "batch_size": 2, "short_side": 64, "max_side": 96, "neck_channels": 64}
+SIZES = {"recipe": "published", "iterations": 2, "batch_size": 2, "short_side": 64, "max_side": 96, "neck_channels": 64}
 SMALL = [word for name, value in SIZES.items() for word in ("-p", name, value)]
 
 

@@ -340,8 +340,9 @@ def test_any_name_can_be_drawn(tmp_path, name):
 @pytest.mark.slow
 def test_a_training_with_a_class_named_like_a_formula(tmp_path, capsys):
     for split in ("train2017", "val2017"): write_coco(tmp_path, split, names=("$_$", "$^"))
-    small = dict(iterations=2, batch_size=2, short_side=96, max_side=96, neck_channels=64, head_convs=1, workers=0)
-    settings = dict(role="teacher", data=str(tmp_path), out=str(tmp_path / "run"), devices="cpu", **small)
+    small = dict(recipe="small", iterations=2, batch_size=2, short_side=96, max_side=96, neck_channels=64, head_convs=1)
+    places = dict(data=str(tmp_path), out=str(tmp_path / "run"), devices="cpu", workers=0)
+    settings = dict(role="teacher", **places, **small)
     folder = train(TrainSettings(**settings))
     assert "The weights start from nothing" in capsys.readouterr().out
     assert set(read_json(folder / "metrics.json")["classes"]) == {"$_$", "$^"}

@@ -26,7 +26,7 @@ from msad.runs.train import train
 pytestmark = pytest.mark.slow
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
-SIZES = dict(neck_channels=64, short_side=64, max_side=107, workers=0)
+SIZES = dict(recipe="published", neck_channels=64, short_side=64, max_side=107, workers=0)
 
 
 @pytest.fixture(autouse=True)
@@ -359,7 +359,7 @@ def test_no_process_outlives_papermill(place, tmp_path, number, devices):
     out, mark = tmp_path / "run", f"MSAD_TEST_{number}_{devices}"
     values = dict(
         data=place / "data", weights=place / "teacher", out=out, iterations=60, batch_size=2, batch_norm="fixed",
-        short_side=64, neck_channels=64, devices=devices, workers=1, checkpoint_every=1000,
+        recipe="published", short_side=64, neck_channels=64, devices=devices, workers=1, checkpoint_every=1000,
     )
     parameters = [str(word) for name, value in values.items() for word in ("-p", name, value)]
     command = [str(Path(sys.executable).with_name("papermill")), "nbs/train_teacher.ipynb", str(tmp_path / "run.ipynb")]

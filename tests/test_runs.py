@@ -25,7 +25,7 @@ from msad.runs.plan import prepare
 from msad.runs.settings import TrainSettings
 from msad.runs.train import initial_model, train
 
-SIZES = dict(neck_channels=64, iterations=3, batch_size=2, short_side=128, max_side=213)
+SIZES = dict(recipe="published", neck_channels=64, iterations=3, batch_size=2, short_side=128, max_side=213)
 SMALL = dict(**SIZES, workers=0, devices="cpu", checkpoint_every=2)
 
 
@@ -238,7 +238,7 @@ def test_interrupt_within_a_step_leaves_the_last_checkpoint(coco, tmp_path, monk
 
     def interrupted(self, *arguments):
         counted.append(1)
-        if len(counted) == 3 + 4: raise KeyboardInterrupt  # after three steps of the estimate, the fourth
+        if len(counted) == 4 + 4: raise KeyboardInterrupt  # after four steps of the estimate, the fourth
         return step(self, *arguments)
 
     monkeypatch.setattr(torch.optim.SGD, "step", interrupted)
@@ -533,7 +533,7 @@ def test_out_is_a_file_or_holds_something_else(coco, tmp_path):
 
 
 def test_missing_teacher_is_trained_first(coco, tmp_path):
-    given = dict(SMALL, flips="all", recipe="auto", lr=0.5, alpha=0.1)
+    given = dict(SMALL, recipe="auto", flips="all", lr=0.5, alpha=0.1)
     plan = prepare(TrainSettings(role="student", data=str(coco), out=str(tmp_path / "run"), **given))
     theirs = plan.teacher_plan
     assert plan.teacher == default_folder(coco, "teacher", 0.25) / "model_final.pth"

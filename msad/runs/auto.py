@@ -139,8 +139,8 @@ def auto_eval_every(
     count: int,  # validation photographs
 ) -> int:
     "Choose the iterations between two evaluations."
-    evaluations = np.clip(recipe.iterations * recipe.batch_size / (10 * max(count, 1)), 1, 10)
-    return max(1, round(recipe.iterations / evaluations))
+    most = min(recipe.iterations * recipe.batch_size / (10 * max(count, 1)), recipe.iterations / 120, 10)
+    return max(1, round(recipe.iterations / max(most, 1)))
 
 
 def auto_checkpoint_every(recipe: Recipe) -> int:
@@ -190,7 +190,7 @@ def iterations_in(
 ) -> int:
     "Compute how many iterations fit into a time, with their evaluations; at least one."
     per_image = recipe.batch_size * seconds.image / (10 * seconds.step)  # evaluations look at a tenth as many images
-    left = max(0.0, 60 * minutes - RESERVE - count * seconds.image)
+    left = max(0.0, 60 * minutes - RESERVE)
     fitting = int(left / seconds.step / (1 + per_image))
     most = int((left - 10 * count * seconds.image) / seconds.step)  # where there are ten
     return max(1, fitting, most)
