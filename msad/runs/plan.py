@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODEL_DEFAULTS', 'COCO_SIZE', 'TEACHER_SHARE', 'SHARED', 'read_defaults', 'model_config', 'check_fit', 'recipe_name',
-           'base_recipe', 'count_empty', 'resolve_recipe', 'Plan', 'count_processes', 'describe_devices', 'notes',
-           'describe_reasons', 'describe', 'choose_model', 'given_reasons', 'own_minutes', 'begun_with', 'fit_minutes',
-           'content_of', 'other_data', 'find_teacher', 'read_images', 'leave_out_classes', 'check_box_sides',
-           'find_oddities', 'check_batch_norm', 'prepare', 'plan_state']
+           'base_recipe', 'count_empty', 'resolve_recipe', 'Plan', 'count_processes', 'intervals', 'describe_intervals',
+           'describe_devices', 'notes', 'describe_reasons', 'describe', 'choose_model', 'given_reasons', 'own_minutes',
+           'begun_with', 'fit_minutes', 'content_of', 'other_data', 'find_teacher', 'read_images', 'leave_out_classes',
+           'check_box_sides', 'find_oddities', 'check_batch_norm', 'prepare', 'plan_state']
 
 # %% ../../nbs/43_runs.plan.ipynb #0b6a586a
 import math
@@ -31,7 +31,15 @@ from ..engine.published import has_classes
 from ..engine.recipe import Recipe, adapt, find_recipe, unknown_name
 from ..engine.weights import Weights, load_model, load_weights, read_weights
 from ..models.detector import ModelConfig, build_model, scaled_max_side
-from .auto import Choice, auto_model, auto_recipe, iterations_in, measure
+from msad.runs.auto import (
+    Choice,
+    auto_checkpoint_every,
+    auto_eval_every,
+    auto_model,
+    auto_recipe,
+    iterations_in,
+    measure,
+)
 from msad.runs.folders import (
     change_text,
     changed_content,
@@ -207,6 +215,21 @@ def count_processes(settings: TrainSettings) -> int:
     return int(os.environ["WORLD_SIZE"]) if is_launched() else num_processes(settings.devices) * settings.nnodes
 
 
+def intervals(plan: Plan) -> tuple[int, int]:
+    "Return the iterations between two evaluations, and between two checkpoints."
+    settings, recipe = plan.settings, plan.recipe
+    evaluations = settings.eval_every or auto_eval_every(recipe, len(plan.val_images))
+    return evaluations, settings.checkpoint_every or auto_checkpoint_every(recipe)
+
+
+def describe_intervals(plan: Plan) -> str:
+    "Describe how often a run evaluates and saves, and why."
+    settings, (evaluations, checkpoints) = plan.settings, intervals(plan)
+    few = "" if settings.eval_every else " (ten at most, which look at a tenth of the images that are learned from)"
+    often = "" if settings.checkpoint_every else " (a twentieth of the run, from 20 to 500)"
+    return f"an evaluation every {evaluations:,} iterations{few}, a checkpoint every {checkpoints:,}{often}"
+
+
 def describe_devices(plan: Plan) -> str:
     "Describe on what a run runs."
     kind, settings = resolve_device(plan.settings.devices).type, plan.settings
@@ -276,6 +299,7 @@ def describe(plan: Plan) -> list[str]:
         *lines,
         f"{recipe.iterations:,} iterations of {recipe.batch_size} images, {recipe.optimizer} at learning rate "
         f"{recipe.lr:g} on {describe_devices(plan)}",
+        describe_intervals(plan),
         *notes(plan),
         f"run folder: {display_path(settings.folder)} ({state})",
     ]

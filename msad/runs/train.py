@@ -39,9 +39,8 @@ from ..evaluation.evaluator import Evaluation, evaluate_model, write_evaluation
 from ..evaluation.pictures import save_figure
 from ..models.detector import build_model, student_of
 from ..models.distillation import Distillation
-from .auto import auto_checkpoint_every, auto_eval_every
 from .folders import display_path, lock_run_folder
-from .plan import Plan, plan_state, prepare
+from .plan import Plan, intervals, plan_state, prepare
 from .settings import TrainSettings, read_settings_file, settings_dict
 
 # %% ../../nbs/44_runs.train.ipynb #dbc1e1bc
@@ -125,6 +124,7 @@ def print_estimate(plan: Plan, model: torch.nn.Module, images: CocoImages, trans
 def make_trainer(plan: Plan) -> Trainer:
     "Build model, data and hooks of a run."
     settings, recipe, size = plan.settings, plan.recipe, (plan.config.short_side, plan.config.max_side)
+    eval_every, checkpoint_every = intervals(plan)
     model, text = initial_model(plan)
     if list_checkpoints(settings.folder): text = "The weights are those of the last checkpoint"
     if local_rank() == 0: print(text)
@@ -137,9 +137,8 @@ def make_trainer(plan: Plan) -> Trainer:
         model, images, transform, recipe, settings.folder,
         hooks=[ProgressBar(), *([LogFile(), TensorBoard(), BestModel(), Pictures()] if rank() == 0 else [])],
         evaluate=Validation(plan, val_images),
-        eval_every=settings.eval_every or auto_eval_every(recipe, len(val_images)),
+        eval_every=eval_every, checkpoint_every=checkpoint_every,
         workers=settings.workers, accumulate=settings.accumulate,
-        checkpoint_every=settings.checkpoint_every or auto_checkpoint_every(recipe),
         keep_checkpoints=settings.keep_checkpoints,
     )
 
