@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIN_BOXES', 'PIXELS', 'MIN_CELLS', 'MAX_LOST', 'PUBLISHED_IMAGES', 'PUBLISHED_SEEN', 'POWER', 'BATCH', 'LR',
            'RESERVE', 'Choice', 'smallest_class', 'choose_short_side', 'choose_stride', 'auto_model', 'images_to_show',
-           'auto_recipe', 'auto_eval_every', 'auto_checkpoint_every', 'Seconds', 'measure', 'iterations_in']
+           'auto_recipe', 'auto_intervals', 'Seconds', 'measure', 'iterations_in']
 
 # %% ../../nbs/41_runs.auto.ipynb #f9741558
 import time
@@ -134,18 +134,13 @@ def auto_recipe(
     }
 
 # %% ../../nbs/41_runs.auto.ipynb #076b6285
-def auto_eval_every(
+def auto_intervals(
     recipe: Recipe,
     count: int,  # validation photographs
-) -> int:
-    "Choose the iterations between two evaluations."
+) -> tuple[int, int]:
+    "Choose the iterations between two evaluations, and between two checkpoints."
     most = min(recipe.iterations * recipe.batch_size / (10 * max(count, 1)), recipe.iterations / 120, 10)
-    return max(1, round(recipe.iterations / max(most, 1)))
-
-
-def auto_checkpoint_every(recipe: Recipe) -> int:
-    "Choose the iterations between two checkpoints: a twentieth of the run, at least 20 and at most 500."
-    return int(np.clip(recipe.iterations // 20, 20, 500))
+    return max(1, round(recipe.iterations / max(most, 1))), int(np.clip(recipe.iterations // 20, 20, 500))
 
 # %% ../../nbs/41_runs.auto.ipynb #227dc4ee
 class Seconds(NamedTuple):

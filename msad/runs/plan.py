@@ -31,15 +31,7 @@ from ..engine.published import has_classes
 from ..engine.recipe import Recipe, adapt, find_recipe, unknown_name
 from ..engine.weights import Weights, load_model, load_weights, read_weights
 from ..models.detector import ModelConfig, build_model, scaled_max_side
-from msad.runs.auto import (
-    Choice,
-    auto_checkpoint_every,
-    auto_eval_every,
-    auto_model,
-    auto_recipe,
-    iterations_in,
-    measure,
-)
+from .auto import Choice, auto_intervals, auto_model, auto_recipe, iterations_in, measure
 from msad.runs.folders import (
     change_text,
     changed_content,
@@ -217,9 +209,8 @@ def count_processes(settings: TrainSettings) -> int:
 
 def intervals(plan: Plan) -> tuple[int, int]:
     "Return the iterations between two evaluations, and between two checkpoints."
-    settings, recipe = plan.settings, plan.recipe
-    evaluations = settings.eval_every or auto_eval_every(recipe, len(plan.val_images))
-    return evaluations, settings.checkpoint_every or auto_checkpoint_every(recipe)
+    evaluations, checkpoints = auto_intervals(plan.recipe, len(plan.val_images))
+    return plan.settings.eval_every or evaluations, plan.settings.checkpoint_every or checkpoints
 
 
 def describe_intervals(plan: Plan) -> str:
