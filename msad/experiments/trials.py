@@ -47,6 +47,7 @@ class Trial(NamedTuple):
 TRIALS = {
     "auto": Trial("the recipe as it is", {}),
     "no jitter": Trial("six sizes from 0.8 to 1, no windows", dict(scale_jitter=0.0)),
+    "wide jitter": Trial("scales from 0.6 to 1.6", dict(scale_jitter=0.6)),
     "photometric": Trial("changes of colour", dict(photometric=0.5)),
     "iou_crop": Trial("SSD's crops", dict(iou_crop=0.5)),
     "mosaic": Trial("mosaics in the first 70 %", dict(mosaic=0.5)),
