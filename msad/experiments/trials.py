@@ -75,8 +75,8 @@ class TrialsSettings:
     whole_split: str = "trainval"  # to learn from in a timed run
     test_split: str = "test"  # to evaluate a timed run on
     width: float = 0.25  # of the backbone
-    teacher_iterations: int = 300
-    iterations: int = 900  # of the student
+    teacher_iterations: int = 400
+    iterations: int = 500  # of the student
     trials: tuple[str, ...] | None = None  # names of those to do; none: all
     seeds: int = 1  # of each trial
     minutes: tuple[int, ...] = (30, 60)  # of the timed runs; torchvision's has the first; (): none
