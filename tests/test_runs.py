@@ -238,7 +238,7 @@ def test_interrupt_within_a_step_leaves_the_last_checkpoint(coco, tmp_path, monk
 
     def interrupted(self, *arguments):
         counted.append(1)
-        if len(counted) == 4 + 4: raise KeyboardInterrupt  # after four steps of the estimate, the fourth
+        if len(counted) == 6 + 4: raise KeyboardInterrupt  # after six steps of the estimate, the fourth
         return step(self, *arguments)
 
     monkeypatch.setattr(torch.optim.SGD, "step", interrupted)

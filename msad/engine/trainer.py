@@ -449,21 +449,20 @@ def seconds_per_step(
     workers: int = 0,  # processes that will decode
     accumulate: int = 1,  # parts that a process's share of the batch is learned from
 ) -> float:
-    "Measure the seconds of an iteration: the median of three, after one that warms up. `model` is left as it was."
+    "Measure the seconds of an iteration: the mean of five, or of what ten seconds allow, after one that warms up."
     trial = copy.deepcopy(model)
     set_training(trial, recipe)
     replica = make_replica(trial, recipe)
     state = make_optimizer(recipe, trial), make_scaler(recipe, next(trial.parameters()).device)
+    average = copy.deepcopy(trained_module(trial)) if recipe.ema else None
     shares = dict(rank=rank(), world_size=world_size(), empty_images=recipe.empty_images)
-    loader = batches(train_loader(images, transform, recipe.batch_size, **shares))
+    loader = batches(train_loader(images, transform, recipe.batch_size, workers=workers, **shares))
     seconds = []
-    for iteration in range(4):
-        started = time.perf_counter()
-        batch = next(loader)
-        loaded = time.perf_counter()
+    while len(seconds) < 6 and (len(seconds) < 3 or sum(seconds[1:]) < 10):
+        started, batch = time.perf_counter(), next(loader)
+        iteration = len(seconds)
         [losses] = read_losses([train_step(trial, *state, recipe, iteration, *batch, accumulate, replica)])
         check_finite(losses, iteration + 1, [target["image_id"] for target in batch[1]])
-        loading, step = loaded - started, time.perf_counter() - loaded
-        beside = workers > 0 and next(model.parameters()).device.type != "cpu"  # else they share the processor's cores
-        seconds.append(max(step, loading / workers) if beside else step + loading / max(workers, 1))
-    return sorted(seconds[1:])[1]
+        if average: update_average(average, trial, ema_decay_at(recipe, iteration))
+        seconds.append(time.perf_counter() - started)
+    return sum(seconds[1:]) / len(seconds[1:])

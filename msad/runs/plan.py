@@ -338,6 +338,7 @@ def begun_with(settings: TrainSettings) -> int | None:
 def fit_minutes(
     plan: Plan,
     teacher: ModelConfig | None,  # of a student's teacher
+    spent: float = 0.0,  # minutes that a teacher has taken already
 ) -> Plan:
     "Give a plan the iterations that fit into its minutes."
     settings, recipe, device = plan.settings, plan.recipe, resolve_device(plan.settings.devices)
@@ -347,6 +348,7 @@ def fit_minutes(
     iterations, reason = begun_with(settings), f"as it was begun, for {settings.minutes:g} minutes"
     if not iterations:
         minutes, parts = own_minutes(plan), plan.processes if device.type == "cuda" else settings.nnodes
+        if spent: minutes = max(settings.minutes - spent, minutes / 2)
         share = replace(recipe, batch_size=max(1, recipe.batch_size // parts))
         machine = device, settings.workers, settings.accumulate
         seconds = measure(plan.config, teacher, share, plan.images, plan.val_images, *machine)

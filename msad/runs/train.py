@@ -10,6 +10,7 @@ __all__ = ['initial_model', 'Validation', 'is_best', 'BestModel', 'Pictures', 'd
 import argparse
 import math
 import os
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from ..evaluation.pictures import save_figure
 from ..models.detector import build_model, student_of
 from ..models.distillation import Distillation
 from .folders import display_path, lock_run_folder
-from .plan import Plan, intervals, plan_state, prepare
+from .plan import Plan, fit_minutes, intervals, plan_state, prepare
 from .settings import TrainSettings, read_settings_file, settings_dict
 
 # %% ../../nbs/44_runs.train.ipynb #dbc1e1bc
@@ -184,8 +185,11 @@ def run(
     if plan.state == "finished" and not is_launched(): return folder  # of several processes only the first has looked
     if plan.teacher_plan:
         if local_rank() == 0: print(f"First the teacher, in {display_path(plan.teacher_plan.settings.folder)}")
+        started = time.perf_counter()
         run(plan.teacher_plan)
-        if local_rank() == 0: print(f"Now the student, in {display_path(folder)}")
+        spent = (time.perf_counter() - started) / 60 if plan.teacher_plan.state == "new" else 0.0
+        plan = fit_minutes(plan, plan.teacher_plan.config, spent)
+        if local_rank() == 0: print(f"Now the student, {plan.recipe.iterations:,} iterations in {display_path(folder)}")
     if plan.processes == 1 or is_launched():
         with init_distributed(resolve_device(settings.devices)): train_here(plan)
         return folder
