@@ -39,13 +39,13 @@ def smallest_class(
     images: CocoImages,  # to learn from
 ) -> tuple[str, float]:  # its name; the median of √area of its boxes as a part of the photograph's short side
     "Find the class with the smallest objects."
-    sizes = images.sizes[images.owner]
-    boxes, usable = usable_boxes(images.boxes, sizes)
-    usable &= ~images.iscrowd
-    sides, labels = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)) / sizes.min(axis=1), images.labels
-    counts = np.bincount(labels[usable], minlength=len(images.class_names))
+    boxes, usable = usable_boxes(images.boxes, images.sizes[images.owner])
+    good = usable & ~images.iscrowd
+    sides = np.sqrt((boxes[good, 2:] - boxes[good, :2]).prod(axis=1)) / images.sizes[images.owner[good]].min(axis=1)
+    labels = images.labels[good]
+    counts = np.bincount(labels, minlength=len(images.class_names))
     deciding = np.flatnonzero(counts >= min(MIN_BOXES, counts.max()))
-    medians = [np.median(sides[usable & (labels == label)]) for label in deciding]
+    medians = [np.median(sides[labels == label]) for label in deciding]
     return images.class_names[deciding[np.argmin(medians)]], float(min(medians))
 
 # %% ../../nbs/41_runs.auto.ipynb #5e81f2ae
@@ -69,11 +69,11 @@ def choose_stride(
     max_side: int,
 ) -> Choice:
     "Choose the stride of the low view's finest level."
-    _, part = smallest_class(images)
+    name, part = smallest_class(images)
     for stride in sorted(NUM_LEVELS, reverse=True):
         cells, lost = part * short_side / 2 / stride, grid_fit(images, short_side, max_side, stride).lost
         if cells >= MIN_CELLS and lost <= MAX_LOST: break
-    return Choice(stride, f"it has {cells:.1f} cells of the grid a side")
+    return Choice(stride, f"the median {name} has {cells:.1f} cells of the grid a side")
 
 # %% ../../nbs/41_runs.auto.ipynb #8012ae68
 def auto_model(
