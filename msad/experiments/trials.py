@@ -9,6 +9,7 @@ __all__ = ['TRIALS', 'Trial', 'TrialsSettings', 'Run', 'make_run', 'list_runs', 
 
 # %% ../../nbs/66_experiments.trials.ipynb #cbd7bdf4
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -169,7 +170,7 @@ def processor() -> str:
     lines = [line.partition(":") for line in file.read_text().splitlines()] if file.exists() else []
     fields = {name.strip(): value.strip() for name, _, value in lines}
     kinds = [kind for kind in ("avx2", "avx512f", "avx512_vnni", "amx_bf16") if kind in fields.get("flags", "").split()]
-    return f"{fields.get('model name', 'unknown')} ({', '.join(kinds)}), {torch.get_num_threads()} threads"
+    return f"{fields.get('model name', 'unknown')} ({', '.join(kinds)}), {os.cpu_count()} cores"
 
 # %% ../../nbs/66_experiments.trials.ipynb #16c0e756
 def torchvision_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: list, targets: list) -> None:
