@@ -449,7 +449,7 @@ def seconds_per_step(
     workers: int = 0,  # processes that will decode
     accumulate: int = 1,  # parts that a process's share of the batch is learned from
 ) -> float:
-    "Measure the seconds of an iteration: the mean of five, or of what ten seconds allow, after one that warms up."
+    "Measure the seconds of an iteration: the mean of up to five (ten seconds), after one that warms up; `model` stays."
     trial = copy.deepcopy(model)
     set_training(trial, recipe)
     replica = make_replica(trial, recipe)
@@ -458,7 +458,7 @@ def seconds_per_step(
     shares = dict(rank=rank(), world_size=world_size(), empty_images=recipe.empty_images)
     loader = batches(train_loader(images, transform, recipe.batch_size, workers=workers, **shares))
     seconds = []
-    while len(seconds) < 6 and (len(seconds) < 3 or sum(seconds[1:]) < 10):
+    while len(seconds) < 6 and (len(seconds) < 3 or all_gather(sum(seconds[1:]))[0] < 10):  # all processes alike
         started, batch = time.perf_counter(), next(loader)
         iteration = len(seconds)
         [losses] = read_losses([train_step(trial, *state, recipe, iteration, *batch, accumulate, replica)])
