@@ -13,7 +13,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN_NOTEBOOKS = ("train_teacher", "train_student", "evaluate", "predict", "export", "analysis", "ablation", "benchmark")
+RUN_NOTEBOOKS = (
+    "train_teacher", "train_student", "evaluate", "predict", "export", "own_data", "analysis", "ablation", "benchmark",
+)
 
 
 def changed_by(command: str, folder: str, pattern: str) -> list[str]:
