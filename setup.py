@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
-export = settings["export_requirements"].split()
+export, pretrained = (settings[f"{name}_requirements"].split() for name in ("export", "pretrained"))
 
 setup(
     name=settings["lib_name"],
@@ -21,6 +21,10 @@ setup(
     packages=find_packages(include=["msad", "msad.*"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": [*settings["dev_requirements"].split(), *export], "export": export},
+    extras_require={
+        "dev": [*settings["dev_requirements"].split(), *export, *pretrained],
+        "export": export,
+        "pretrained": pretrained,
+    },
     entry_points={"console_scripts": ["msad = msad.cli:main"]},
 )

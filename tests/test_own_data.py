@@ -220,7 +220,7 @@ def test_minutes_are_shared_with_a_missing_teacher(tmp_path, monkeypatch):
     assert plan.teacher_plan.settings.minutes == 2 * TEACHER_SHARE
     assert f"{2 * TEACHER_SHARE:.3g} minutes" in plan.teacher_plan.reasons["iterations"]
     assert f"{2 - 2 * TEACHER_SHARE:.3g} minutes" in plan.reasons["iterations"]
-    assert plan.recipe.iterations > 10 and plan.recipe.warmup == plan.recipe.iterations // 10
+    assert plan.recipe.iterations > 10 and plan.recipe.warmup == min(plan.base.warmup, plan.recipe.iterations // 10)
 
 
 @pytest.mark.slow

@@ -49,5 +49,5 @@ def ship(
     print(plan, flush=True)
     folder = run(plan)
     print(runs_table(plan_runs(plan)), classes_table(plan_runs(plan)), sep="\n")
-    export_run(settings)
+    export_run(plan.settings)
     return folder

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .weights import read_file, save_file
-from ..models.distillation import trained_module
+from ..models.distillation import projection_of, trained_module
 
 # %% ../../nbs/35_engine.checkpoint.ipynb #f255ccf1
 TRAINING_FORMAT = "msad training 2"
@@ -34,6 +34,7 @@ def save_checkpoint(
         "format": TRAINING_FORMAT,
         "iteration": iteration,
         "model": trained_module(model).state_dict(),
+        "projection": projection_of(model).state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         **({"average": average.state_dict()} if average else {}),
@@ -100,6 +101,7 @@ def load_checkpoint(
     "Go back to where a checkpoint was written."
     if contents is None: return 0
     trained_module(model).load_state_dict(contents["model"])
+    projection_of(model).load_state_dict(contents.get("projection", {}))
     optimizer.load_state_dict(contents["optimizer"])
     scaler.load_state_dict(contents["scaler"])
     if average: average.load_state_dict(contents["average"])

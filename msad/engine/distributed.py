@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['rank', 'world_size', 'local_rank', 'is_launched', 'num_processes', 'resolve_device', 'init_distributed',
-           'all_reduce_max', 'all_gather', 'all_reduce_mean', 'wrap_distributed', 'broadcast_buffers', 'common_size',
-           'share_normalizers']
+           'all_reduce_max', 'all_gather', 'all_reduce_mean', 'synchronize_norms', 'wrap_distributed',
+           'broadcast_buffers', 'common_size', 'share_normalizers']
 
 # %% ../../nbs/30_engine.distributed.ipynb #696f342d
 import os
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..models.targets import Targets
+from ..models.timm_backbone import TimmBackbone, import_timm
 from ..models.transform import InputTransform
 
 # %% ../../nbs/30_engine.distributed.ipynb #0b99a75a
@@ -110,13 +111,22 @@ def all_reduce_mean(
     return value
 
 # %% ../../nbs/30_engine.distributed.ipynb #560fef46
+def synchronize_norms(
+    module: nn.Module,
+) -> None:
+    "Make BatchNorm see the batch of all processes. timm's, which hold an activation too, are converted by timm."
+    of_timm = any(isinstance(part, TimmBackbone) for part in module.modules())
+    convert = import_timm().layers.convert_sync_batchnorm if of_timm else nn.SyncBatchNorm.convert_sync_batchnorm
+    convert(module)
+
+
 def wrap_distributed(
     module: nn.Module,  # on its device; its forward computes the losses
     synchronized: nn.Module | None,  # the part whose BatchNorm sees the whole batch on GPUs; none: no part
 ) -> nn.Module:
     "Wrap a module for several processes; no-op in one."
     if world_size() == 1: return module
-    if synchronized and next(synchronized.parameters()).is_cuda: nn.SyncBatchNorm.convert_sync_batchnorm(synchronized)
+    if synchronized and next(synchronized.parameters()).is_cuda: synchronize_norms(synchronized)
     return DistributedDataParallel(module)
 
 

@@ -195,10 +195,12 @@ def unknown_name(
 def find_recipe(
     name: str,  # "published", "small", or a JSON file
     role: str,
-    width: float,
+    width: float,  # the published recipes differ by width; for others that of the nearest is taken
 ) -> Recipe:
     "Find a recipe. Raises `FileNotFoundError` or a `ValueError` that names file, field and cure."
-    if name == "published": return PUBLISHED_RECIPES[role, float(width)]
+    if name == "published":
+        widths = (known for whose, known in PUBLISHED_RECIPES if whose == role)
+        return PUBLISHED_RECIPES[role, min(widths, key=lambda known: abs(known - width))]
     if name == "small": return SMALL[role]
     if not name.endswith(".json"):
         raise ValueError(f"recipe is {name!r}: choose auto, published, small, or the path of a JSON file")

@@ -56,10 +56,10 @@ def set_training(
     model: nn.Module,
     recipe: Recipe,
 ) -> None:
-    "Set training mode; with `batch_norm=\"fixed\"` the trained part's BatchNorm keeps its running statistics."
+    "Set training mode; with `batch_norm=\"fixed\"` the backbone's BatchNorm keeps its running statistics."
     model.train()
     if recipe.batch_norm == "trained": return
-    for module in trained_module(model).modules():
+    for module in trained_module(model).backbone.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm): module.eval()
 
 

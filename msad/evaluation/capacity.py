@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from ..models.backbone import resnet50
+from ..models.backbone import backbone_family
 from ..models.detector import ROLES, Detector
 
 # %% ../../nbs/48_evaluation.capacity.ipynb #c01d8c98
@@ -36,22 +36,23 @@ def flops(
 
 
 @cache
-def backbone_flops(width: float, size: tuple[int, int]) -> float:
-    "Count multiply-adds of the backbone at `width` on one image of this height and width, without padding."
-    return flops(resnet50(width), torch.zeros(1, 3, *size))
+def backbone_flops(width: float, size: tuple[int, int], backbone: str = "slimmable_resnet50") -> float:
+    "Count multiply-adds of a backbone at `width` on one image of this height and width, without padding."
+    return flops(backbone_family(backbone).build(width), torch.zeros(1, 3, *size))
 
 
 def backbone_capacity(
-    width: float,  # one of `WIDTHS`
+    width: float,  # one of the backbone's
     role: str,  # "teacher" (both views) or "student" (the low view alone)
+    backbone: str = "slimmable_resnet50",
 ) -> float:
-    """Compute the backbone's cost relative to width 1.0 on 800×1333, as in the paper's tables (Qi et al., CVPR 2021).
+    """Compute a backbone's cost relative to the ResNet-50 of width 1.0 on 800×1333, as in the paper's tables.
 
-    Raises a ValueError for an unknown width or role.
+    See Qi et al., CVPR 2021. Raises a ValueError for an unknown backbone, width or role.
     """
     if role not in ROLES: raise ValueError(f"role is {role!r}: choose one of {', '.join(ROLES)}")
-    cost = backbone_flops(width, LOW_SIZE)
-    if role == "teacher": cost += backbone_flops(width, HIGH_SIZE)
+    cost = backbone_flops(width, LOW_SIZE, backbone)
+    if role == "teacher": cost += backbone_flops(width, HIGH_SIZE, backbone)
     return cost / backbone_flops(1.0, HIGH_SIZE)
 
 # %% ../../nbs/48_evaluation.capacity.ipynb #90ba21a1

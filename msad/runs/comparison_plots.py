@@ -88,7 +88,7 @@ def compared_points(
     points = []
     for runs in compared:
         config, ap = runs.config, runs.metric("AP")
-        costs = backbone_capacity(config.width, config.role), gmac(config, images), runs.seconds
+        costs = backbone_capacity(config.width, config.role, config.backbone), gmac(config, images), runs.seconds
         if not np.isnan(ap[0]): points.append(Point(config.role, config.width, costs, ap, runs.style, runs.label))
     return points
 

@@ -148,7 +148,7 @@ def evaluate(
     summary = check_images(images, decode=False, headers=not is_launched())
     path, model, images = load_detector(settings, images)
     config, description = model.config, describe_evaluation(settings, path, model, images)
-    default = default_folder(settings.data, f"evaluate-{config.role}", config.width)
+    default = default_folder(settings.data, f"evaluate-{config.role}", config.width, config.backbone)
     folder = Path(settings.out).expanduser().resolve() if settings.out else default
     if is_launched():
         evaluate_here(settings, model, images, folder, description)

@@ -37,7 +37,7 @@ class RunSummary:
     @property
     def backbone_capacity(self) -> float:
         "Compute the cost of the backbone, 1 = width 1.0 on 800×1333."
-        return backbone_capacity(self.config.width, self.config.role)
+        return backbone_capacity(self.config.width, self.config.role, self.config.backbone)
 
 # %% ../../nbs/66_runs.summary.ipynb #f15c6b7a
 def read_run(
