@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
-export, pretrained = (settings[f"{name}_requirements"].split() for name in ("export", "pretrained"))
+extras = {name: settings[f"{name}_requirements"].split() for name in ("export", "pretrained")}
 
 setup(
     name=settings["lib_name"],
@@ -22,9 +22,8 @@ setup(
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={
-        "dev": [*settings["dev_requirements"].split(), *export, *pretrained],
-        "export": export,
-        "pretrained": pretrained,
+        **extras,
+        "dev": [*settings["dev_requirements"].split(), *extras["export"], *extras["pretrained"]],
     },
     entry_points={"console_scripts": ["msad = msad.cli:main"]},
 )

@@ -1,5 +1,7 @@
 "Every family of backbones at every width: its cost, and a detector on it from the first step to the exported file."
 
+import json
+
 import pytest
 import torch
 from conftest import write_coco
@@ -15,8 +17,10 @@ from msad.evaluation.evaluator import evaluate_model
 from msad.models.backbone import BACKBONES, backbone_family
 from msad.models.detector import ModelConfig, build_model, student_of
 from msad.models.distillation import Distillation
+from msad.models.mobilenet import MobileNetV2
 from msad.runs.plan import prepare
 from msad.runs.settings import TrainSettings
+from msad.runs.train import train
 
 FAMILIES = (*BACKBONES, "tf_efficientnet_lite0", "convnext_atto")
 NETWORKS = [(name, width) for name in FAMILIES for width in backbone_family(name).widths]
@@ -150,3 +154,73 @@ def test_synchronized_norms_keep_the_activations():
         synchronize_norms(backbone)
         torch.testing.assert_close(backbone(picture), expected)
     assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in backbone.modules())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split)
+    return tmp_path
+
+
+def settings_of(folder, **given):
+    given = dict(role="student", data=str(folder / "data"), devices="cpu", neck_channels=32, head_convs=1) | given
+    return TrainSettings(**given)
+
+
+def write_teacher(folder, name="teacher.pth", **given):
+    given = dict(neck_channels=32, head_convs=1, class_names=("pine", "oak"), category_ids=(7, 90)) | given
+    save_model(folder / name, build_model(ModelConfig("teacher", 0.25, **given)))
+    return str(folder / name)
+
+
+def test_weights_that_would_not_be_used_are_refused(folder):
+    torch.save({"model": {f"module.{k}": v for k, v in MobileNetV2().state_dict().items()}}, folder / "slimmable.pt")
+    given = dict(weights=str(folder / "slimmable.pt"), backbone="slimmable_mobilenet_v2", width=0.35)
+    config = ModelConfig("teacher", 0.35, **SHAPE, backbone="slimmable_mobilenet_v2")
+    save_model(folder / "teacher.pth", build_model(config))
+    with pytest.raises(ValueError, match="is of a backbone, and the student starts from that of its teacher: leave"):
+        prepare(settings_of(folder, teacher=str(folder / "teacher.pth"), **given))
+    plan = prepare(settings_of(folder, **given))  # they are for the teacher, which is trained first
+    assert plan.weights is None and plan.teacher_plan.weights.kind == "slimmable"
+    assert not plan.from_nothing and not plan.teacher_plan.from_nothing
+
+
+def test_a_teacher_in_the_default_place_is_what_was_asked_for(folder, monkeypatch):
+    (folder / "data" / "trees" / "annotations").mkdir(parents=True)  # as a repository has it
+    monkeypatch.chdir(folder)
+    train(settings_of(folder, role="teacher", width=0.25, recipe="small", iterations=1, short_side=64))
+    assert prepare(settings_of(folder)).teacher.is_file()
+    with pytest.raises(ValueError, match="the one in the default place has neck_channels 32 and this run 64; give it"):
+        prepare(settings_of(folder, neck_channels=64))
+    there = str(folder / "runs" / "data" / "teacher-w0.25")
+    assert prepare(settings_of(folder, neck_channels=64, teacher=there)).config.neck_channels == 64
+
+
+def test_fixed_statistics_need_some(folder):
+    given = dict(teacher=write_teacher(folder), backbone="slimmable_mobilenet_v2", batch_norm="fixed")
+    with pytest.raises(ValueError, match='batch_norm is "fixed" and there are no weights to take it from'):
+        prepare(settings_of(folder, **given))
+    assert prepare(settings_of(folder, teacher=given["teacher"], batch_norm="fixed")).recipe.batch_norm == "fixed"
+
+
+def test_a_head_with_batchnorm_needs_more_than_one_value(folder):
+    given = dict(teacher=write_teacher(folder, head_norm="batch"), short_side=128, batch_size=1)
+    with pytest.raises(ValueError, match='single images of 128 by 128 pixels.* or head_norm "group"'):
+        prepare(settings_of(folder, **given))
+    assert prepare(settings_of(folder, **{**given, "short_side": 192})).config.head_norm == "batch"
+
+
+def test_norms_of_layers_are_not_decayed():
+    model = build_model(ModelConfig("student", 1.0, backbone="convnext_atto", **SHAPE))
+    _, affine = make_optimizer(Recipe(2, 2, 0.01), model).param_groups
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm | torch.nn.GroupNorm)]
+    assert {id(p) for norm in norms for p in norm.parameters()} <= {id(p) for p in affine["params"]}
+
+
+@pytest.mark.slow
+def test_several_processes_find_pretrained_weights(folder):
+    given = dict(role="teacher", backbone="tf_efficientnet_lite0", weights="pretrained", devices=2, workers=0)
+    given |= dict(recipe="small", batch_size=2, iterations=1, short_side=128, out=str(folder / "run"))
+    run = train(settings_of(folder, **given))
+    assert load_model(run).config.normalization.mean == (127.0,) * 3
+    assert TrainSettings(**json.loads((run / "train.json").read_text())).weights == "pretrained"

@@ -217,7 +217,7 @@ def timed(*command) -> float:
 
 
 SETTINGS = {
-    "train_teacher": (TrainSettings, {"role", "teacher", "alpha", "distillation_warmup"}),
+    "train_teacher": (TrainSettings, {"role", "teacher", "alpha", "distillation_warmup", "all_widths"}),
     "train_student": (TrainSettings, {"role"}),
     "evaluate": (EvaluateSettings, set()),
     "predict": (PredictSettings, set()),

@@ -254,6 +254,21 @@ def test_preempted(place, tmp_path, launcher, devices, everybody, status):
         assert again.returncode == 0 and "finished, is shown" in output, output
 
 
+@pytest.mark.parametrize("everybody", [False, True])
+def test_stopped_by_hand(place, tmp_path, everybody):
+    settings = settings_of(place, tmp_path / "run", iterations=60, workers=2, checkpoint_every=1000)
+    arguments = "; ".join(["from msad.runs.settings import TrainSettings", "from msad.runs.train import train",
+                           f"train(TrainSettings(**{settings_dict(settings)}))"])
+    process = subprocess.Popen([sys.executable, "-c", arguments], env=ENVIRONMENT, start_new_session=True)
+    wait_for_iteration(process, tmp_path / "run", 2)
+    # Ctrl-C reaches all processes that a terminal shows, those that decode as well.
+    if everybody: os.killpg(process.pid, signal.SIGINT)
+    else: process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) != 0
+    assert int(list_checkpoints(tmp_path / "run")[0].stem) == len(read_log(tmp_path / "run")) < 60
+    assert_gone(tmp_path / "run", seconds=5)
+
+
 def test_full_disk(place, alone, tmp_path):
     settings = settings_of(place, tmp_path / "run", checkpoint_every=2)
     first = start(settings, tmp_path / "run.json")

@@ -24,6 +24,7 @@ from ..data.files import write_atomically
 from ..data.images import CocoImages
 from ..data.layouts import read_split
 from ..data.transforms import EvalTransform
+from .predictor import of_width
 from ..engine.weights import load_model
 from ..models.detector import Detector, set_thresholds
 from ..models.postprocess import Thresholds
@@ -159,6 +160,8 @@ def onnx_metadata(
         "output": f"boxes: N×{count}×4, x0 y0 x1 y1 in pixels of the input; scores: N×{count}, best first, 0 where "
         f"there is nothing; labels: N×{count}, places in class_names and category_ids.",
         "role": config.role,
+        "backbone": config.backbone,
+        "width": str(config.width),
         "view": model.view,
         "short_side": str(config.short_side),
         "max_side": str(config.max_side),
@@ -205,6 +208,7 @@ def onnx_program(
 def export_onnx(
     model: str | Path | None,  # run folder, file (ours or published), or bundled weights by name; none: "trees"
     path: str | Path,  # of the file to write, which ends in .onnx and is replaced if it is there
+    width: float | None = None,  # of a detector of all widths; none: its widest
     **thresholds: float | None,  # of `Thresholds`, by name; none: the model's
 ) -> Path:  # of the file
     """Write a detector as an ONNX file, atomically; see `OnnxDetector` for its input and output.
@@ -215,7 +219,7 @@ def export_onnx(
     path = Path(path).expanduser()
     if path.suffix != ".onnx": raise ValueError(f"path is {str(path)!r}: give a file whose name ends in .onnx")
     require("onnxscript", "the export")
-    model = load_model(detector_file(model))
+    model = of_width(load_model(detector_file(model)), width)
     set_thresholds(model, **thresholds)
     program = onnx_program(model)
     write_atomically(path, lambda file: file.write(program.model_proto.SerializeToString()))
@@ -274,6 +278,7 @@ class ExportSettings:
 
     model: str | None = None  # run folder, file (ours or published), or bundled weights by name; none: "trees"
     out: str | None = None  # .onnx file to write, replaced if it is there; none: model.onnx beside the model
+    width: float | None = None  # of a detector of all widths; none: its widest
     score_thresh: float | None = None  # least probability of a class; none: the model's, as the next three
     nms_thresh: float | None = None  # IoU above which the weaker of two boxes of a class is dropped
     topk_candidates: int | None = None  # kept of each level before NMS
@@ -297,10 +302,11 @@ def export(
     source = detector_file(settings.model)
     photographs = CocoImages(read_split(val_path(settings)))
     thresholds = {name: getattr(settings, name) for name in Thresholds._fields}
-    file = Path(settings.out).expanduser().resolve() if settings.out else source.with_name("model.onnx")
-    export_onnx(source, file, **thresholds)
+    name = "model.onnx" if settings.width is None else f"model-w{settings.width:g}.onnx"
+    file = Path(settings.out).expanduser().resolve() if settings.out else source.with_name(name)
+    export_onnx(source, file, settings.width, **thresholds)
     print(f"{display_path(source)} → {display_path(file)}, {file.stat().st_size / 1e6:.1f} MB")
-    model = load_model(source)
+    model = of_width(load_model(source), settings.width)
     set_thresholds(model, **thresholds)
     size = EvalTransform(model.config.short_side, model.config.max_side)
     count = min(settings.num_images, len(photographs))

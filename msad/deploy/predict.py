@@ -85,6 +85,7 @@ class PredictSettings:
     images: str | None = None  # file, folder, or pattern such as "photographs/**/*.jpg"; none: bundled photographs
     model: str | None = None  # run folder, file (ours or published), or bundled weights by name; none: "trees"
     out: str | None = None  # folder, new or empty; none: runs/predict/NAME under the repository
+    width: float | None = None  # of a detector of all widths; none: its widest
     min_score: float = 0.45  # detections of a lower score are left out of pictures and results
     score_thresh: float | None = None  # least probability of a class; none: the model's, as the next three
     nms_thresh: float | None = None  # IoU above which the weaker of two boxes of a class is dropped
@@ -115,6 +116,7 @@ def describe_prediction(
         "images": f"{len(files)} in {display_path(root)}",
         "images_sha256": fingerprint_files(files),
         "model": {**file_description(detector_file(settings.model)), **config.thresholds._asdict()},
+        "width": settings.width,
         "min_score": settings.min_score,
         "reduced_decoding": settings.reduced_decoding,
     }
@@ -183,7 +185,9 @@ def predict(
     """
     weights = detector_file(settings.model)
     files, root = image_files(settings.images)
-    predictor = Predictor(weights, resolve_device("auto"), reduced_decoding=settings.reduced_decoding)
+    predictor = Predictor(
+        weights, resolve_device("auto"), reduced_decoding=settings.reduced_decoding, width=settings.width
+    )
     set_thresholds(predictor.model, **{name: getattr(settings, name) for name in Thresholds._fields})
     name = files[0].stem if len(files) == 1 else root.name
     folder = full_path(settings.out) if settings.out else (repository() or Path.cwd()) / "runs" / "predict" / name

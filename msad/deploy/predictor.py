@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Picture', 'BATCH_SIZE', 'array_photograph', 'tensor_photograph', 'pillow_photograph', 'as_photograph',
            'annotated_figure', 'to_jpeg', 'Prediction', 'read_photograph', 'detect_photographs', 'checked_device',
-           'prepare_detector', 'read_or_error', 'is_one_picture', 'Predictor']
+           'prepare_detector', 'read_or_error', 'is_one_picture', 'predict_batch', 'without_errors', 'of_width',
+           'Predictor']
 
 # %% ../../nbs/76_deploy.predictor.ipynb #02ef5ccd
 import io
@@ -29,7 +30,7 @@ from ..evaluation.coco_metrics import to_coco
 from ..evaluation.errors import SHOWN_SCORE
 from ..evaluation.inference import scale_back
 from ..evaluation.pictures import draw_boxes
-from ..models.detector import Detector, ModelConfig, detect
+from ..models.detector import Detector, ModelConfig, cut_detector, detect, other_width, set_thresholds
 from ..models.transform import InputTransform
 from ..runs.folders import detector_file, shorten
 
@@ -214,10 +215,37 @@ def is_one_picture(images: Picture | Iterable[Picture]) -> bool:
     one = str | os.PathLike | Image.Image | bytes | bytearray | memoryview | Mapping | Set  # the last five are none
     return isinstance(images, one) or not isinstance(images, Iterable)
 
-# %% ../../nbs/76_deploy.predictor.ipynb #5399b4b6
+# %% ../../nbs/76_deploy.predictor.ipynb #5399b4b5
 BATCH_SIZE = 8
 
 
+def predict_batch(
+    model: Detector, batch: Sequence[Picture], precision: str, reduced_decoding: bool
+) -> Iterator[Prediction | FileNotFoundError | ValueError]:
+    "Yield for each picture its prediction, or the error that tells why it cannot be read."
+    config = model.config
+    read = [read_or_error(image, (config.short_side, config.max_side) if reduced_decoding else None) for image in batch]
+    decoded = [item for item in read if not isinstance(item, Exception)]
+    photographs, sizes = [photograph for photograph, _ in decoded], [size for _, size in decoded]
+    found = iter(detect_photographs(model, photographs, sizes, precision))
+    for image, item in zip(batch, read, strict=True):
+        yield item if isinstance(item, Exception) else Prediction(next(found), image, item[1], config)
+
+
+def without_errors(predictions: Iterable[Prediction | Exception]) -> Iterator[Prediction]:
+    "Yield predictions, and raise the first error that is among them."
+    for found in predictions:
+        if isinstance(found, Exception): raise found
+        yield found
+
+
+def of_width(model: Detector, width: float | None) -> Detector:
+    "Cut a width out of a detector of all widths; none: its widest. Raises a `ValueError` for one that it has not."
+    if model.config.all_widths: return cut_detector(model, width or model.config.width)
+    if width in (None, model.config.width): return model
+    raise ValueError(other_width(model.config, width))
+
+# %% ../../nbs/76_deploy.predictor.ipynb #5399b4b6
 class Predictor:
     "A detector for pictures: `predictor(image)` → a `Prediction`, `predictor(images)` → a list of them."
 
@@ -228,29 +256,31 @@ class Predictor:
         precision: str = "fp32",  # of the network: "fp32", "bf16" or "fp16"
         pad: int | None = None,  # sides of the padded high view are multiples of this; none: the model's own
         reduced_decoding: bool = False,  # JPEG files are decoded no larger than needed: faster, pixels differ a little
+        width: float | None = None,  # of a detector of all widths; none: its widest
     ):
-        device, model = checked_device(device), load_model(detector_file(model))
-        if pad is not None: model.transform = InputTransform(model.config.normalization, pad)
-        self.model = prepare_detector(model, device, precision)
-        self.precision, self.reduced_decoding = precision, reduced_decoding
+        self.device, self.precision, self.reduced_decoding = checked_device(device), precision, reduced_decoding
+        self.whole = self.model = load_model(detector_file(model))
+        if pad is not None: self.whole.transform = InputTransform(self.whole.config.normalization, pad)
+        self.width = width
+
+    @property
+    def width(self) -> float:
+        "The width of the backbone; a detector of all widths takes another one: `predictor.width = 0.5`."
+        return self.model.config.width
+
+    @width.setter
+    def width(self, width: float | None) -> None:
+        model = of_width(self.whole, width)
+        set_thresholds(model, **self.model.config.thresholds._asdict())
+        self.model = prepare_detector(model, self.device, self.precision)
 
     def __call__(self, images: Picture | Iterable[Picture]) -> Prediction | list[Prediction]:
         "Detect in a picture, or in each of several. Raises `FileNotFoundError` or `ValueError` with file and cure."
         if is_one_picture(images): return self([images])[0]
-        predictions = []
-        for found in self.stream(images):
-            if isinstance(found, Exception): raise found
-            predictions.append(found)
-        return predictions
+        return list(without_errors(self.stream(images)))
 
     def stream(self, images: Iterable[Picture]) -> Iterator[Prediction | FileNotFoundError | ValueError]:
         "Yield for each picture, in order, its prediction or the error that tells why it cannot be read."
-        config, images = self.model.config, iter([images] if is_one_picture(images) else images)
-        enough = (config.short_side, config.max_side) if self.reduced_decoding else None
+        images = iter([images] if is_one_picture(images) else images)
         while batch := list(itertools.islice(images, BATCH_SIZE)):
-            read = [read_or_error(image, enough) for image in batch]
-            decoded = [item for item in read if not isinstance(item, Exception)]
-            photographs, sizes = [photograph for photograph, _ in decoded], [size for _, size in decoded]
-            found = iter(detect_photographs(self.model, photographs, sizes, self.precision))
-            for image, item in zip(batch, read, strict=True):
-                yield item if isinstance(item, Exception) else Prediction(next(found), image, item[1], config)
+            yield from predict_batch(self.model, batch, self.precision, self.reduced_decoding)

@@ -41,7 +41,7 @@ class WinogradConv(nn.Module):
 # %% ../../nbs/75_deploy.winograd.ipynb #c000000d
 def is_wide(module: nn.Module) -> bool:
     "Tell whether a module is a convolution that Winograd's algorithm computes faster on large maps."
-    if not isinstance(module, nn.Conv2d) or module.in_channels < 128 or module.out_channels < 64: return False
+    if type(module) is not nn.Conv2d or module.in_channels < 128 or module.out_channels < 64: return False
     whole = module.groups == 1 and module.dilation == (1, 1)
     return whole and (module.kernel_size, module.stride, module.padding) == ((3, 3), (1, 1), (1, 1))
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..models.slimmable import SwitchableBatchNorm2d
 from ..models.targets import Targets
 from ..models.timm_backbone import TimmBackbone, import_timm
 from ..models.transform import InputTransform
@@ -122,12 +123,13 @@ def synchronize_norms(
 
 def wrap_distributed(
     module: nn.Module,  # on its device; its forward computes the losses
-    synchronized: nn.Module | None,  # the part whose BatchNorm sees the whole batch on GPUs; none: no part
+    synchronized: nn.Module,  # the part of it whose BatchNorm sees the whole batch on GPUs
 ) -> nn.Module:
     "Wrap a module for several processes; no-op in one."
     if world_size() == 1: return module
-    if synchronized and next(synchronized.parameters()).is_cuda: synchronize_norms(synchronized)
-    return DistributedDataParallel(module)
+    if next(synchronized.parameters()).is_cuda: synchronize_norms(synchronized)
+    some_rest = any(isinstance(layer, SwitchableBatchNorm2d) for layer in module.modules())  # of widths without a turn
+    return DistributedDataParallel(module, find_unused_parameters=some_rest)
 
 
 def broadcast_buffers(

@@ -113,9 +113,9 @@ def loss_weights_at(
     recipe: Recipe,
     iteration: int,  # from 0
 ) -> dict[str, float]:  # by name of the loss; those that are not named count in full
-    "Weight the losses of an iteration: the distillation counts k/W at iteration k, at most 1."
+    "Weight the losses of an iteration: those of a distillation count k/W at iteration k, at most 1."
     warmup = recipe.distillation_warmup
-    return {"loss_kd": min(1.0, iteration / warmup) if warmup else 1.0}
+    return dict.fromkeys(("loss_kd", "loss_wide"), min(1.0, iteration / warmup) if warmup else 1.0)
 
 # %% ../../nbs/32_engine.recipe.ipynb #8b73e5bf
 def ema_decay_at(
@@ -134,7 +134,7 @@ def make_optimizer(
     model: nn.Module,  # parameters without gradient are left out
 ) -> torch.optim.Optimizer:
     "Make the recipe's optimiser. Weight decay is on all parameters (biases too) but the affine ones of norm layers."
-    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     trained = [p for p in model.parameters() if p.requires_grad]
     affine_ids = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters(recurse=False)}
     others = [p for p in trained if id(p) not in affine_ids]

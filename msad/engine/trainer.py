@@ -46,6 +46,7 @@ from .hooks import Hook, Training, read_log
 from .recipe import Recipe, ema_decay_at, loss_weights_at, lr_at, make_optimizer
 from .signals import StopRequest
 from ..models.distillation import trained_module
+from ..models.sandwich import Sandwich
 from ..models.targets import Targets, assign_targets, batch_locations
 
 # %% ../../nbs/37_engine.trainer.ipynb #560fef46
@@ -91,7 +92,7 @@ class LossModule(nn.Module):
         self.model = model
 
     def forward(self, batch: Tensor, targets: Targets) -> dict[str, Tensor]:
-        "Compute the losses of a batch (N×3×H×W) of the high view."
+        "Compute the losses of a batch of the high view, made by the model's `transform`."
         return self.model.losses(batch, targets)
 
 
@@ -100,9 +101,8 @@ def make_replica(
     recipe: Recipe,
 ) -> nn.Module:
     "Wrap a model for `train_step`, in one process or several."
-    module = LossModule(model)
-    if recipe.batch_norm == "fixed": return wrap_distributed(module, None)
-    return wrap_distributed(module, trained_module(model))
+    trained = trained_module(model)
+    return wrap_distributed(LossModule(model), trained.head if recipe.batch_norm == "fixed" else trained)
 
 # %% ../../nbs/37_engine.trainer.ipynb #2cf0de4e
 def to_device(
@@ -148,6 +148,7 @@ def train_step(
     replica, device, values = replica or LossModule(model), model.transform.mean.device, 0
     for group in optimizer.param_groups: group["lr"] = lr_at(recipe, iteration)
     weights = loss_weights_at(recipe, iteration)
+    if isinstance(model, Sandwich): model.iteration = iteration
     optimizer.zero_grad(set_to_none=True)
     parts = divide(model, *to_device(images, targets, device), accumulate)
     for number, (part, part_targets, size) in enumerate(parts, 1):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'SLIMMABLE', 'save_file', 'save_model', 'reason', 'is_network', 'read_file', 'Weights', 'cut_state',
-           'cut_detector', 'check_numbers', 'recognize', 'read_weights', 'pretrained_weights', 'restore', 'load_model',
-           'network_state', 'backbone_state', 'matching_state', 'load_weights', 'parts_text']
+           'published_state', 'check_numbers', 'recognize', 'read_weights', 'pretrained_weights', 'restore',
+           'load_model', 'network_state', 'backbone_state', 'matching_state', 'load_weights', 'parts_text']
 
 # %% ../../nbs/34_engine.weights.ipynb #f90ff31f
 import errno
@@ -22,11 +22,11 @@ from torch import Tensor
 from ..data.files import write_atomically
 from .published import has_classes, published_config, published_part, slimmable_backbone, torchvision_name
 from ..models.backbone import BACKBONES, backbone_family
-from ..models.detector import Detector, ModelConfig, build_model
+from ..models.detector import BUILT_ALIKE, Detector, ModelConfig, build_model, cut_detector
 from ..models.distillation import Distillation
 from ..models.mobilenet import MobileNetV2
 from ..models.resnet import ResNet50
-from ..models.slimmable import cut
+from ..models.slimmable import cut, own_norms
 from ..models.timm_backbone import pretrained, timm_pixels
 from ..models.transform import IMAGENET, Normalization
 
@@ -110,14 +110,14 @@ class Weights:
 SLIMMABLE = {"slimmable_resnet50": ResNet50, "slimmable_mobilenet_v2": MobileNetV2}
 
 
-def cut_state(backbone: dict[str, Tensor], width: float, name: str = "slimmable_resnet50") -> dict[str, Tensor]:
-    "Cut the weights of a slimmable network to `width`."
+def cut_state(backbone: dict[str, Tensor], width: float | None, name: str = "slimmable_resnet50") -> dict[str, Tensor]:
+    "Cut the weights of a slimmable network to `width`; none: for all widths, each with norms of its own."
     with torch.device("meta"): slimmable = SLIMMABLE[name]()
     slimmable.load_state_dict(backbone, assign=True)
-    with torch.device("cpu"): return cut(slimmable, width).state_dict()
+    with torch.device("cpu"): return (cut(slimmable, width) if width else own_norms(slimmable)).state_dict()
 
 
-def cut_detector(backbone: dict[str, Tensor], others: dict[str, Tensor], width: float) -> dict[str, Tensor]:
+def published_state(backbone: dict[str, Tensor], others: dict[str, Tensor], width: float) -> dict[str, Tensor]:
     "Join the weights of a slimmable backbone, cut to `width`, with the others of a detector."
     return {**{f"backbone.{name}": value for name, value in cut_state(backbone, width).items()}, **others}
 
@@ -149,9 +149,9 @@ def recognize(path: Path, contents: dict) -> Weights | None:
     if not any(name.startswith("T_fcos_head.") for name in state):
         return Weights(path, "network", None, state) if is_network(state) else None
     config = published_config(state)
-    teacher = cut_detector(*published_part(state, "T"), config.width)
+    teacher = published_state(*published_part(state, "T"), config.width)
     if config.role == "teacher": return Weights(path, "published teacher", config, teacher)
-    student = cut_detector(*published_part(state, "S"), config.width)
+    student = published_state(*published_part(state, "S"), config.width)
     student = {name: value for name, value in student.items() if not name.startswith("neck.p7.")}
     return Weights(path, "published student", config, student, teacher)
 
@@ -190,15 +190,14 @@ def read_weights(
 # %% ../../nbs/34_engine.weights.ipynb #999129e6
 def pretrained_weights(
     backbone: str,
-    parameter: str = "weights",  # the name of the parameter that asked for them, for error messages
 ) -> Weights:
     "Get ImageNet weights of a backbone. Raises a `ValueError` where none can be had, with the cure."
     if backbone in BACKBONES:
         raise ValueError(
-            f'{parameter} is "pretrained": nobody offers weights of {backbone} for download; give their file, or '
-            "another backbone, such as tf_efficientnet_lite0"
+            f'weights is "pretrained": nobody offers weights of {backbone} for download; give their file, or another '
+            "backbone, such as tf_efficientnet_lite0 or timm's resnet50.a1_in1k"
         )
-    state, pixels, _ = pretrained(backbone)
+    state, pixels = pretrained(backbone)
     state = {f"backbone.{name}": value for name, value in state.items()}
     return Weights(Path("pretrained", backbone), "pretrained", None, state, backbone=backbone, pixels=pixels)
 
@@ -220,6 +219,7 @@ def load_model(
     with_teacher: bool = False,  # a published student beside its teacher
     parameter: str = "model",  # the name of the parameter that gave the path, for error messages
     role: str | None = None,  # "teacher" or "student" if it has to be one
+    width: float | None = None,  # to cut out of a detector of all widths; none: as it is
 ) -> Detector | Distillation:
     """Load the detector of a file in evaluation mode, with its `config`: role and width come from the file.
 
@@ -234,6 +234,7 @@ def load_model(
     if with_teacher and weights.teacher_state is None:
         raise ValueError(f"{parameter}: {weights.path} holds no teacher beside a student; give a published student")
     model = restore(weights, weights.config, weights.state, parameter)
+    if width is not None and (width != model.config.width or model.config.all_widths): return cut_detector(model, width)
     if not with_teacher: return model
     teacher = restore(weights, replace(weights.config, role="teacher"), weights.teacher_state, parameter)
     return Distillation(model, teacher).eval()
@@ -248,15 +249,20 @@ def network_state(weights: Weights, config: ModelConfig, parameter: str) -> dict
     names = [f"backbone.{name}" for name in names if not name.endswith("num_batches_tracked")]
     if missing := [name for name in names if name not in renamed]:
         first = next(iter(weights.state))
+        cure = "slimmable_resnet50 of width 1.0" if "layer1.0.conv1.weight" in weights.state else "its own"
         raise ValueError(
             f"{parameter}: {weights.path} is of a network that the backbone {config.backbone} of width "
-            f"{config.width:g} is not (it lacks {missing[0]}, its first is {first:.60}); set the backbone to its own"
+            f"{config.width:g} is not (it lacks {missing[0]}, its first is {first:.60}); set the backbone to {cure}"
         )
     return {name: renamed[name] for name in names}
 
 # %% ../../nbs/34_engine.weights.ipynb #a157194a
 def backbone_state(weights: Weights, config: ModelConfig, parameter: str) -> dict[str, Tensor]:
     "Select from weights that are less than a detector. Raises a `ValueError` that names what does not fit."
+    if weights.kind != "slimmable" and config.all_widths:
+        raise ValueError(
+            f"{parameter}: {weights.path} has one width and all_widths is True; give slimmable weights, or none"
+        )
     if weights.kind == "network": return network_state(weights, config, parameter)
     if weights.backbone != config.backbone:
         raise ValueError(
@@ -267,7 +273,7 @@ def backbone_state(weights: Weights, config: ModelConfig, parameter: str) -> dic
         raise ValueError(f"{parameter}: {weights.path} has width 1 and the model {config.width:g}; set width to 1.0")
     if weights.kind != "slimmable": return dict(weights.state)
     try:
-        state = cut_state(weights.state, config.width, weights.backbone)
+        state = cut_state(weights.state, None if config.all_widths else config.width, weights.backbone)
     except RuntimeError as error:
         raise ValueError(
             f"{parameter}: {weights.path} is no {weights.backbone} ({reason(error)}); get the file once more"
@@ -278,7 +284,10 @@ def backbone_state(weights: Weights, config: ModelConfig, parameter: str) -> dic
 def matching_state(weights: Weights, config: ModelConfig, parameter: str) -> dict[str, Tensor]:
     "Select the weights that a model of `config` can start from. Raises a `ValueError` that names what does not fit."
     if weights.config is None: return backbone_state(weights, config, parameter)
-    for name in ("backbone", "width", "neck_channels", "head_convs", "head_norm", "separable"):
+    if weights.config.all_widths and not config.all_widths and weights.config.backbone == config.backbone:
+        plain = cut_detector(restore(weights, weights.config, weights.state, parameter), config.width)
+        weights = replace(weights, config=plain.config, state=plain.state_dict())
+    for name in BUILT_ALIKE:
         theirs, ours = getattr(weights.config, name), getattr(config, name)
         if theirs != ours:
             raise ValueError(

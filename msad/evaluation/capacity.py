@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from ..models.backbone import backbone_family
+from ..models.backbone import BACKBONES, backbone_family
 from ..models.detector import ROLES, Detector
 
 # %% ../../nbs/48_evaluation.capacity.ipynb #c01d8c98
@@ -37,7 +37,11 @@ def flops(
 
 @cache
 def backbone_flops(width: float, size: tuple[int, int], backbone: str = "slimmable_resnet50") -> float:
-    "Count multiply-adds of a backbone at `width` on one image of this height and width, without padding."
+    """Count multiply-adds of a backbone at `width` on one image of this height and width.
+
+    Without padding, as the paper counts; but some networks of timm need sides that 32 divides.
+    """
+    if backbone not in BACKBONES: size = tuple(-(-side // 32) * 32 for side in size)
     return flops(backbone_family(backbone).build(width), torch.zeros(1, 3, *size))
 
 

@@ -56,6 +56,7 @@ KINDS = {
     "loc": "box (GIoU loss)",
     "ctr": "centre-ness (cross-entropy)",
     "kd": "distillation (L1 to the teacher)",
+    "wide": "distillation (L1 to the widest)",
 }
 # name in a legend, colour and line of each branch
 BRANCHES = {

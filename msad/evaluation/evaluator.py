@@ -58,7 +58,7 @@ def evaluate_model(
 def write_evaluation(
     folder: Path,  # gets `detections.json`, `metrics.json` and `figures/detections.png`
     evaluation: Evaluation,
-    **more: int,  # for `metrics.json`
+    **more: object,  # for `metrics.json`
 ) -> None:
     "Write the files of an evaluation; `metrics.json` comes last, so where it is the others are complete."
     write_json(folder / "detections.json", evaluation.results)

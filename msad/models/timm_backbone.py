@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRIDES', 'PACKAGES', 'LITE', 'import_timm', 'TimmMaps', 'timm_maps', 'SamePadConv2d', 'fix_padding', 'TimmBackbone',
-           'Pretrained', 'packaged_file', 'packaged_state', 'timm_pixels', 'pretrained']
+           'Pretrained', 'packaged_file', 'packaged_state', 'has_pretrained', 'timm_pixels', 'pretrained']
 
 # %% ../../nbs/04_models.timm_backbone.ipynb #bf0d1e36
 import importlib
@@ -121,7 +121,6 @@ class Pretrained(NamedTuple):
 
     state: dict[str, Tensor]  # of a `TimmBackbone`
     normalization: Normalization
-    source: str  # where they come from
 
 
 def packaged_file(
@@ -149,6 +148,13 @@ def packaged_state(
     return {key: state.get(key, torch.tensor(0)) for key in wanted}
 
 # %% ../../nbs/04_models.timm_backbone.ipynb #5c213379
+def has_pretrained(
+    name: str,  # of any backbone
+) -> bool:
+    "Tell whether ImageNet weights can be had by name, without getting them."
+    return name in PACKAGES or import_timm().is_model_pretrained(name)
+
+
 def timm_pixels(
     name: str,  # in timm
 ) -> Normalization:
@@ -162,7 +168,7 @@ def pretrained(
     name: str,  # in timm
 ) -> Pretrained:
     "Find ImageNet weights: in an installed package, else by timm. Raises a `ValueError` with the cure."
-    if file := packaged_file(name): return Pretrained(packaged_state(file, name), LITE, f"the package {PACKAGES[name]}")
+    if file := packaged_file(name): return Pretrained(packaged_state(file, name), LITE)
     try:
         state = TimmBackbone(name, pretrained=True).state_dict()
     except Exception as error:  # of the network, the disk, the hub or timm
@@ -172,4 +178,4 @@ def pretrained(
             f"weights: timm cannot get pretrained weights of {name} ({reason:.200}); connect to the internet, or give "
             f"a file{package}"
         ) from None
-    return Pretrained(state, timm_pixels(name), f"timm, {import_timm().get_pretrained_cfg(name).hf_hub_id}")
+    return Pretrained(state, timm_pixels(name))

@@ -22,7 +22,7 @@ from ..engine.grid import grid_fit
 from ..engine.recipe import Recipe
 from ..engine.trainer import make_transform, seconds_per_step
 from ..models.detector import NUM_LEVELS, ModelConfig, build_model, scaled_max_side
-from ..models.distillation import Distillation
+from ..models.sandwich import learning_model
 
 # %% ../../nbs/61_runs.auto.ipynb #7b438922
 class Choice(NamedTuple):
@@ -163,7 +163,7 @@ def measure(
     "Measure how long the parts of a run take, with weights from nothing."
     size = config.short_side, config.max_side
     detector = build_model(config)
-    model = Distillation(detector, build_model(teacher), recipe.alpha) if teacher and recipe.alpha else detector
+    model = learning_model(detector, build_model(teacher) if teacher else None, recipe.alpha)
     model = model.to(device, memory_format=torch.channels_last)
     step = seconds_per_step(model, recipe, images, make_transform(recipe, size, images), workers, accumulate)
     times = [time.perf_counter()]

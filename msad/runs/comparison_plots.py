@@ -73,6 +73,7 @@ class Point(NamedTuple):
     "A detector in a picture of quality against cost."
 
     role: str
+    backbone: str
     width: float
     costs: tuple[float, ...]  # capacity, GMAC, seconds; nan where there is none
     ap: tuple[float, float, float]  # percent, and how far the error bar reaches down and up
@@ -89,14 +90,18 @@ def compared_points(
     for runs in compared:
         config, ap = runs.config, runs.metric("AP")
         costs = backbone_capacity(config.width, config.role, config.backbone), gmac(config, images), runs.seconds
-        if not np.isnan(ap[0]): points.append(Point(config.role, config.width, costs, ap, runs.style, runs.label))
+        network = config.backbone, config.width
+        if not np.isnan(ap[0]): points.append(Point(config.role, *network, costs, ap, runs.style, runs.label))
     return points
 
 
 def published_points() -> list[Point]:
     "Collect quality and cost of the published models."
     return [
-        Point(role, width, (capacity, published_gmac(role, width)), (ap, np.nan, np.nan), RUN_STYLES[role][0], "")
+        Point(
+            role, "slimmable_resnet50", width, (capacity, published_gmac(role, width)), (ap, np.nan, np.nan),
+            RUN_STYLES[role][0], "",
+        )
         for role, width, ap, capacity in PUBLISHED_RESULTS
     ]
 
@@ -108,7 +113,7 @@ def draw_points(
 ) -> None:
     "Draw AP against a cost."
     for teacher, student in product(*([point for point in points if point.role == role] for role in ROLES)):
-        if teacher.width != student.width: continue
+        if (teacher.backbone, teacher.width) != (student.backbone, student.width): continue
         ends = [(point.costs[column], point.ap[0]) for point in (teacher, student)]
         ax.plot(*zip(*ends, strict=True), color="0.7", lw=0.8, zorder=1)
     for point in points:
@@ -126,7 +131,7 @@ def draw_points(
     ax.grid(alpha=0.25)
     if column == 0:
         ticks = (0.01, 0.03, 0.1, 0.3, 1)
-        ax.set(xscale="log", xlim=(0.005, 2.5))
+        ax.set(xscale="log", xlim=(min([0.005, *(0.7 * point.costs[0] for point in points)]), 2.5))
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.set_xticks([], minor=True)
     else:

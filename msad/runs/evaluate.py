@@ -48,7 +48,8 @@ class EvaluateSettings:
     val_split: str | None = None  # name of the split to evaluate on; none: the one on which training evaluates
     val_annotations: str | None = None  # COCO's file or a folder of Pascal VOC's to evaluate on; none: found in data
     val_images: str | None = None  # folder of their images; none: found
-    out: str | None = None  # run folder; none: runs/DATA/evaluate-ROLE-wWIDTH under the repository
+    out: str | None = None  # run folder; none: runs/DATA/evaluate-ROLE-… under the repository
+    width: float | None = None  # of a detector of all widths; none: its widest
     short_side: int | None = None  # test size; none: the model's
     max_side: int | None = None  # limit of the long side; none: in proportion to the model's
     score_thresh: float | None = None  # least probability of a class; none: the model's, as the next three
@@ -71,7 +72,7 @@ def load_detector(
 ) -> tuple[Path, Detector, CocoImages]:  # file, detector, and the images with its classes
     "Load a detector at its test size. Raises a `ValueError` when it has other classes than the data."
     path = detector_file(settings.model)
-    model = load_model(path)
+    model = load_model(path, width=settings.width)
     fitting = fit_classes(images, model.config.class_names)
     if has_classes(model.config, fitting.class_names): images = fitting
     if not has_classes(model.config, images.class_names):
@@ -148,7 +149,8 @@ def evaluate(
     summary = check_images(images, decode=False, headers=not is_launched())
     path, model, images = load_detector(settings, images)
     config, description = model.config, describe_evaluation(settings, path, model, images)
-    default = default_folder(settings.data, f"evaluate-{config.role}", config.width, config.backbone)
+    kind = f"evaluate-{config.role}{'-all' if config.all_widths else ''}"
+    default = default_folder(settings.data, kind, config.width, config.backbone)
     folder = Path(settings.out).expanduser().resolve() if settings.out else default
     if is_launched():
         evaluate_here(settings, model, images, folder, description)

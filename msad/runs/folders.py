@@ -56,10 +56,10 @@ def runs_folder(data: str | Path) -> Path:
     return (repository() or Path.cwd()) / "runs" / Path(data_name(data)).name
 
 
-def default_folder(data: str | Path, kind: str, width: float, backbone: str = "slimmable_resnet50") -> Path:
-    "Name the default folder of a run under the repository: runs/DATA/KIND-wWIDTH, with another backbone's name in it."
-    if backbone == "slimmable_resnet50": return runs_folder(data) / f"{kind}-w{width:g}"
-    return runs_folder(data) / f"{kind}-{backbone}{'' if width == 1 else f'-w{width:g}'}"
+def default_folder(data: str | Path, kind: str, width: float, name: str = "slimmable_resnet50") -> Path:
+    "Name the default folder of a run: runs/DATA/KIND-wWIDTH, with the `name` of a size or another backbone in it."
+    if name == "slimmable_resnet50": return runs_folder(data) / f"{kind}-w{width:g}"
+    return runs_folder(data) / f"{kind}-{name}{'' if width == 1 else f'-w{width:g}'}"
 
 
 def display_path(path: Path) -> str:
@@ -127,7 +127,7 @@ ADDED = {"reduced_decoding": False, "recipe.momentum": 0.9, "recipe.max_grad_nor
 ADDED |= {f"recipe.{name}": 0.0 for name in ("scale_jitter", "photometric", "iou_crop", "mosaic")}
 ADDED |= {"recipe.mosaic_until": 0.7, "recipe.patience": 0}
 ADDED |= {"recipe.empty_images": False, "model.backbone": "slimmable_resnet50", "model.finest_stride": 4}
-ADDED |= {"model.head_norm": "group", "model.separable": False}
+ADDED |= {"model.head_norm": "group", "model.separable": False, "model.all_widths": False}
 ADDED |= {f"model.{name}": value for name, value in Thresholds()._asdict().items()}
 ADDED |= {f"{split}_{name}": None for split in ("train", "val") for name in ("annotations", "images")}
 RENAMED = {"recipe.drops": "recipe.milestones", "recipe.distillation_alpha": "recipe.alpha"}

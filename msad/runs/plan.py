@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MODEL_DEFAULTS', 'COCO_SIZE', 'TEACHER_SHARE', 'SHARED', 'read_defaults', 'settle_backbone', 'has_backbone_of',
-           'model_config', 'check_fit', 'recipe_name', 'base_recipe', 'count_empty', 'resolve_recipe', 'Plan',
-           'count_processes', 'intervals', 'describe_intervals', 'describe_devices', 'notes', 'describe_reasons',
-           'describe_head', 'describe', 'choose_model', 'given_reasons', 'own_minutes', 'begun_with', 'fit_minutes',
-           'content_of', 'other_data', 'find_teacher', 'read_images', 'leave_out_classes', 'check_box_sides',
-           'find_oddities', 'check_batch_norm', 'read_teacher', 'prepare', 'plan_state']
+           'own_weights', 'check_default_teacher', 'model_config', 'check_fit', 'recipe_name', 'base_recipe',
+           'count_empty', 'resolve_recipe', 'Plan', 'count_processes', 'images_per_norm', 'intervals',
+           'describe_intervals', 'describe_devices', 'notes', 'describe_reasons', 'describe_head', 'describe_width',
+           'describe', 'choose_model', 'given_reasons', 'own_minutes', 'begun_with', 'fit_minutes', 'content_of',
+           'other_data', 'find_teacher', 'read_images', 'leave_out_classes', 'check_box_sides', 'find_oddities',
+           'check_batch_norm', 'read_teacher', 'read_starts', 'prepare', 'plan_state']
 
 # %% ../../nbs/63_runs.plan.ipynb #0b6a586a
 import math
@@ -31,8 +32,8 @@ from ..engine.grid import grid_fit
 from ..engine.published import has_classes
 from ..engine.recipe import Recipe, adapt, find_recipe, unknown_name
 from ..engine.weights import Weights, load_model, load_weights, pretrained_weights, read_weights
-from ..models.backbone import backbone_family
-from ..models.detector import ModelConfig, build_model, scaled_max_side
+from ..models.backbone import backbone_family, knows_imagenet
+from ..models.detector import BUILT_ALIKE, ModelConfig, build_model, scaled_max_side
 from ..models.slimmable import width_index
 from .auto import Choice, auto_intervals, auto_model, auto_recipe, iterations_in, measure
 from msad.runs.folders import (
@@ -49,7 +50,7 @@ from msad.runs.folders import (
     read_settings,
     weights_file,
 )
-from .settings import RecipeSettings, TrainSettings, explicit_paths, settings_dict, split_paths
+from .settings import RecipeSettings, TrainSettings, explicit_paths, folder_name, settings_dict, split_paths
 
 # %% ../../nbs/63_runs.plan.ipynb #5dbec766
 MODEL_DEFAULTS = {
@@ -83,15 +84,44 @@ def settle_backbone(
     known = like.backbone if like else weights.backbone if weights else None
     backbone = settings.backbone or known or defaults.get("backbone") or MODEL_DEFAULTS["backbone"]
     width, widths = settings.width, backbone_family(backbone).widths
-    if width is None and like and like.backbone == backbone: width = like.width
+    if settings.all_widths: width = widths[-1]
+    elif width is None and weights and weights.kind == "torchvision": width = 1.0
+    elif width is None and like and like.backbone == backbone: width = like.width
     width = float(widths[0] if width is None else width)
     width_index(width, widths)
     return replace(settings, backbone=backbone, width=width)
 
 # %% ../../nbs/63_runs.plan.ipynb #e77d3fe0
-def has_backbone_of(config: ModelConfig, teacher: ModelConfig | None) -> bool:
+def has_backbone_of(settings: TrainSettings, teacher: ModelConfig | None) -> bool:
     "Tell whether a model has its teacher's backbone, so that it starts from it."
-    return teacher is not None and (config.backbone, config.width) == (teacher.backbone, teacher.width)
+    return teacher is not None and (settings.backbone, settings.width) == (teacher.backbone, teacher.width)
+
+
+def own_weights(
+    settings: TrainSettings,  # of `settle_backbone`
+    weights: Weights | None,
+    teacher: ModelConfig | None,
+) -> Weights | None:
+    "Leave out a backbone's weights where a student has its teacher's backbone; a teacher that was given has no use."
+    if weights is None or weights.config or not has_backbone_of(settings, teacher): return weights
+    if not settings.teacher: return None
+    raise ValueError(
+        f"weights: {weights.path} is of a backbone, and the student starts from that of its teacher: leave one out"
+    )
+
+# %% ../../nbs/63_runs.plan.ipynb #5b110001
+def check_default_teacher(
+    settings: TrainSettings,  # of `settle_backbone`
+    teacher: ModelConfig,  # found in the default folder
+) -> None:
+    "Raise a `ValueError` when a teacher that nobody named is not what the parameters ask for."
+    for name in BUILT_ALIKE:
+        asked, there = getattr(settings, name), getattr(teacher, name)
+        if asked in (None, there) or name == "all_widths": continue
+        raise ValueError(
+            f"teacher: the one in the default place has {name} {there} and this run {asked}; give it as teacher to "
+            "learn from it all the same, or another one"
+        )
 
 
 def model_config(
@@ -110,13 +140,12 @@ def model_config(
     given = {name: getattr(settings, name) for name in MODEL_DEFAULTS}
     values |= {name: value for name, value in given.items() if value is not None}
     config = ModelConfig(
-        role=settings.role, width=settings.width, class_names=tuple(images.class_names),
-        category_ids=tuple(images.category_ids), pad=like.pad if like else 64, **values,
+        role=settings.role, width=settings.width, all_widths=settings.all_widths, pad=like.pad if like else 64,
+        class_names=tuple(images.class_names), category_ids=tuple(images.category_ids), **values,
         max_side=settings.max_side or scaled_max_side(values["short_side"], like),
     )
     check_fit(config, images, teacher)
-    if weights and (weights.config or not has_backbone_of(config, teacher)):
-        return replace(config, normalization=weights.normalization(config.backbone))
+    if weights: return replace(config, normalization=weights.normalization(config.backbone))
     return replace(config, normalization=teacher.normalization) if teacher else config
 
 # %% ../../nbs/63_runs.plan.ipynb #29140b7f
@@ -202,6 +231,7 @@ class Plan:
     processes: int  # on all machines
     base: Recipe  # before the settings changed it
     reasons: dict[str, str]  # of what follows from the data, by name
+    from_nothing: bool  # whether the backbone starts from nothing
 
     @property
     def description(self) -> dict:
@@ -215,18 +245,18 @@ class Plan:
             "recipe": asdict(self.recipe),
         }
 
-    @property
-    def images_per_norm(self) -> int:
-        "Compute the number of images whose statistics BatchNorm computes together."
-        synchronized = self.processes == 1 or resolve_device(self.settings.devices).type == "cuda"
-        return self.recipe.batch_size // self.settings.accumulate // (1 if synchronized else self.processes)
-
     def __str__(self) -> str: return "\n".join(describe(self))
 
 # %% ../../nbs/63_runs.plan.ipynb #af12efc9
 def count_processes(settings: TrainSettings) -> int:
     "Count the processes of a run on all machines."
     return int(os.environ["WORLD_SIZE"]) if is_launched() else num_processes(settings.devices) * settings.nnodes
+
+
+def images_per_norm(plan: Plan) -> int:
+    "Compute the number of images whose statistics BatchNorm computes together."
+    synchronized = plan.processes == 1 or resolve_device(plan.settings.devices).type == "cuda"
+    return plan.recipe.batch_size // plan.settings.accumulate // (1 if synchronized else plan.processes)
 
 
 def intervals(plan: Plan) -> tuple[int, int]:
@@ -255,15 +285,20 @@ def describe_devices(plan: Plan) -> str:
 # %% ../../nbs/63_runs.plan.ipynb #f0f71819
 def notes(plan: Plan) -> list[str]:
     "List what is worth knowing about the training beside its size."
-    settings, recipe, seen = plan.settings, plan.recipe, plan.images_per_norm
+    settings, recipe, seen = plan.settings, plan.recipe, images_per_norm(plan)
     found = []
     if recipe.precision != "fp32": found.append(f"the network computes in {recipe.precision}")
+    backbone = plan.config.backbone
+    if plan.from_nothing and knows_imagenet(backbone):
+        found.append(f'{backbone} starts from nothing; weights "pretrained" would start it from ImageNet')
     if settings.reduced_decoding: found.append("JPEGs are decoded no larger than needed")
-    if recipe.batch_norm == "fixed": found.append("BatchNorm is fixed: its statistics stay those of the weights")
-    elif seen != recipe.batch_size:
+    if recipe.batch_norm == "fixed":
+        found.append("BatchNorm of the backbone is fixed: its statistics stay those of the weights")
+    if seen != recipe.batch_size and (recipe.batch_norm == "trained" or plan.config.head_norm == "batch"):
+        group = ' and head_norm "group"' if plan.config.head_norm == "batch" else ""
         found.append(
             f"BatchNorm sees {seen} images at a time, so the result is not quite that of the whole batch "
-            '(with batch_norm "fixed" it is)'
+            f'(with batch_norm "fixed"{group} it is)'
         )
     if plan.state != "new" and "train_content" not in read_settings(settings.folder):
         found.append("an earlier version recorded the run without fingerprints of its data: their path is compared")
@@ -298,12 +333,18 @@ def describe_head(config: ModelConfig) -> str:
     return ", ".join(look for look in looks if look)
 
 
+def describe_width(config: ModelConfig) -> str:
+    "Describe the width of a backbone, or all of them."
+    if not config.all_widths: return f"width {config.width:g}"
+    return f"all widths ({', '.join(f'{width:g}' for width in backbone_family(config.backbone).widths)})"
+
+# %% ../../nbs/63_runs.plan.ipynb #5b110002
 def describe(plan: Plan) -> list[str]:
     "Describe a run, line by line."
     settings, config, recipe = plan.settings, plan.config, plan.recipe
     classes = f"{len(config.class_names)} {'class' if len(config.class_names) == 1 else 'classes'}"
     lines = [
-        f"{settings.role} on {config.backbone} of width {config.width:g}: {describe_head(config)}, {classes}, "
+        f"{settings.role} on {config.backbone} of {describe_width(config)}: {describe_head(config)}, {classes}, "
         f"test size {config.short_side} (at most {config.max_side}), padded to {config.pad}",
         *map(str, plan.summaries),
         str(grid_fit(plan.images, config.short_side, config.max_side, config.finest_stride, config.pad)),
@@ -382,6 +423,9 @@ def fit_minutes(
         share = replace(recipe, batch_size=max(1, recipe.batch_size // parts))
         machine = device, settings.workers, settings.accumulate
         seconds = measure(plan.config, teacher, share, plan.images, plan.val_images, *machine)
+        if plan.config.all_widths:  # the others are evaluated at the end
+            others = len(backbone_family(plan.config.backbone).widths) - 1
+            minutes = max(minutes / 2, minutes - others * len(plan.val_images) * seconds.image / 60)
         iterations = iterations_in(minutes, seconds, recipe, len(plan.val_images))
         reason = f"at {seconds.step:.2f} s each, with evaluations, {minutes:.3g} minutes"
     recipe = resolve_recipe(settings, plan.base, plan.images, plan.processes, iterations)
@@ -425,7 +469,7 @@ def find_teacher(
     Raises a `ValueError` when it is of other data or cannot be trained in its default place.
     """
     if settings.teacher: return weights_file(settings.teacher), None
-    folder = default_folder(settings.data, "teacher", settings.width, settings.backbone)
+    folder = default_folder(settings.data, "teacher", settings.width, folder_name(settings))
     file, data = folder / "model_final.pth", data_name(settings.data)
     if all(path.is_file() for path in (file, folder / "metrics.json", folder / "settings.json")):
         if not (problem := other_data(read_settings(folder, "teacher"), data, data_content)): return file, None
@@ -434,7 +478,7 @@ def find_teacher(
             "or move that folder away and train it again"
         )
     own = ({field.name for field in fields(RecipeSettings)} - {*SHARED}) | {"weights", "out", "eval_every"}
-    free = dict(role="teacher", reduced_decoding=False, resume=True)
+    free = dict(role="teacher", reduced_decoding=False, resume=True, all_widths=False)
     free |= {"minutes": settings.minutes and TEACHER_SHARE * settings.minutes}
     if weights is None or weights.config is None: free["weights"] = settings.weights  # of a backbone
     if settings.recipe and settings.recipe.endswith(".json"): free["recipe"] = None
@@ -514,20 +558,35 @@ def find_oddities(images: CocoImages, val_images: CocoImages, config: ModelConfi
 def check_batch_norm(plan: Plan) -> None:
     "Raise a `ValueError` when BatchNorm would have nothing to compute its statistics from."
     smallest = TrainTransform(plan.config.short_side, plan.config.max_side).short_sides[0]
-    fixed = plan.recipe.batch_norm == "fixed"
-    if plan.images_per_norm == 1 and smallest <= 64 == plan.config.pad and not fixed:
+    fixed, config = plan.recipe.batch_norm == "fixed", plan.config
+    alone = 0 if fixed else 64  # a map of one value, of the backbone or of a student's head
+    if config.head_norm == "batch" and config.role == "student": alone = 128
+    if images_per_norm(plan) == 1 and smallest <= alone and config.pad == 64:
+        cure = 'head_norm "group"' if alone == 128 else 'batch_norm "fixed"'
         raise ValueError(
-            f"short_side is {plan.config.short_side} and BatchNorm would see single images of 64 by 64 pixels at "
-            "times, which leaves one value a channel: choose a larger short_side or batch_size, or batch_norm "
-            '"fixed"'
+            f"short_side is {config.short_side} and BatchNorm would see single images of {alone} by {alone} pixels at "
+            f"times, which leaves one value a channel: choose a larger short_side or batch_size, or {cure}"
         )
-    if fixed and plan.settings.role == "teacher" and plan.weights is None:
+    if fixed and (plan.from_nothing or (config.all_widths and plan.weights is None)):
         raise ValueError('batch_norm is "fixed" and there are no weights to take it from: give weights, or "trained"')
 
 # %% ../../nbs/63_runs.plan.ipynb #419f80b4
 def read_teacher(file: Path) -> ModelConfig:
     "Read a teacher's file to its end, and return its description. Raises `FileNotFoundError` or `ValueError`."
     return load_model(file, parameter="teacher", role="teacher").config
+
+# %% ../../nbs/63_runs.plan.ipynb #5ce49c98
+def read_starts(
+    settings: TrainSettings,
+    defaults: dict,  # of the data
+) -> tuple[TrainSettings, Weights | None, ModelConfig | None]:  # with backbone and width; weights; the given teacher
+    "Read the weights and the teacher that were given. Raises `FileNotFoundError` or `ValueError`."
+    is_file = settings.weights not in (None, "pretrained")
+    weights = read_weights(weights_file(settings.weights), "weights") if is_file else None
+    teacher = read_teacher(weights_file(settings.teacher)) if settings.teacher else None
+    settings = settle_backbone(settings, defaults, teacher, weights)
+    if settings.weights == "pretrained": weights = pretrained_weights(settings.backbone)
+    return settings, weights, teacher
 
 # %% ../../nbs/63_runs.plan.ipynb #5ce49c99
 def prepare(
@@ -541,15 +600,13 @@ def prepare(
     images, val_images, summaries = read_images(*paths)
     data_content = content_of(images, val_images) | explicit_paths(*paths)
     defaults = read_defaults(data_folder(settings.data))
-    is_file = settings.weights not in (None, "pretrained")
-    weights = read_weights(weights_file(settings.weights), "weights") if is_file else None
-    given = read_teacher(weights_file(settings.teacher)) if settings.teacher else None
-    settings = settle_backbone(settings, defaults, given, weights)
-    if settings.weights == "pretrained": weights = pretrained_weights(settings.backbone)
+    settings, weights, given = read_starts(settings, defaults)
     teacher = teacher_plan = teacher_config = None
     if settings.role == "student":
         teacher, teacher_plan = find_teacher(settings, data_content, weights)
         teacher_config = teacher_plan.config if teacher_plan else given or read_teacher(teacher)
+        if not given: check_default_teacher(settings, teacher_config)
+        weights = own_weights(settings, weights, teacher_config)
     like = teacher_config or (weights and weights.config)
     images, val_images, left_out = leave_out_classes(settings, images, val_images, like)
     chosen = choose_model(settings, defaults, images) if like is None else {}
@@ -558,15 +615,16 @@ def prepare(
     with torch.device("meta"): model = build_model(config)
     if weights: load_weights(model.to_empty(device="cpu"), weights)
     processes = count_processes(settings)
-    base, why = base_recipe(settings, defaults, images, not weights and not has_backbone_of(config, teacher_config))
+    from_nothing = weights is None and not has_backbone_of(settings, teacher_config)
+    base, why = base_recipe(settings, defaults, images, from_nothing)
     why = {name: choice.reason for name, choice in chosen.items()} | given_reasons(settings, defaults, why)
     plan = Plan(
         settings, config, resolve_recipe(settings, base, images, processes), images, val_images, summaries,
-        data_content, oddities, "new", weights, teacher, teacher_plan, processes, base, why,
+        data_content, oddities, "new", weights, teacher, teacher_plan, processes, base, why, from_nothing,
     )
     check_batch_norm(plan)
     plan = fit_minutes(plan, teacher_config)
-    # Process 0 may be at work in the folder while others come this far; it is the one to look.
+    # Process 0 may be at work in the folder while others come this far; it looks.
     return plan if is_launched() and os.environ["RANK"] != "0" else replace(plan, state=plan_state(plan))
 
 # %% ../../nbs/63_runs.plan.ipynb #729bac69

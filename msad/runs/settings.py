@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FROM_ZERO', 'AT_MOST', 'EXPLICIT', 'Settings', 'RecipeSettings', 'MachineSettings', 'ModelSettings', 'TrainSettings',
-           'check_value', 'check_model', 'check_types', 'check_train_settings', 'data_beside', 'split_paths',
-           'explicit_paths', 'val_path', 'assigned_names', 'notebook_settings', 'read_settings_file', 'settings_dict']
+           'folder_name', 'check_value', 'check_model', 'check_types', 'check_train_settings', 'data_beside',
+           'split_paths', 'explicit_paths', 'val_path', 'assigned_names', 'notebook_settings', 'read_settings_file',
+           'settings_dict']
 
 # %% ../../nbs/62_runs.settings.ipynb #9af2bb12
 import ast
@@ -20,6 +21,7 @@ from ..engine.distributed import is_launched, resolve_device
 from ..engine.recipe import LARGEST, SMALL, Recipe, unknown_name
 from ..models.backbone import BACKBONES, backbone_family
 from ..models.detector import WHOLE_NUMBERS, ModelConfig
+from ..models.sizes import size_fields
 from ..models.slimmable import width_index
 from .folders import data_folder, data_name, default_folder, path_fault
 
@@ -40,7 +42,7 @@ class RecipeSettings:
     milestones: tuple[int, ...] | None = None  # iterations at which the learning rate falls to a tenth
     warmup: int | None = None  # iterations over which the learning rate rises
     weight_decay: float | None = None  # on everything but the affine parameters of norm layers
-    alpha: float | None = None  # size of a student's distillation loss; 0: a low-resolution detector without it
+    alpha: float | None = None  # size of a student's distillation losses; 0: a low-resolution detector without them
     distillation_warmup: int | None = None  # iterations over which the weight of the distillation rises
     flips: str | None = None  # "horizontal", or "all" symmetries of a square, for pictures from above
     scale_jitter: float | None = None  # j: scales from 1 / (1 + j) to 1 + j, cropped or padded; 0: 0.8 to 1, neither
@@ -82,6 +84,7 @@ class MachineSettings:
 class ModelSettings:
     "What a model looks like, and what it starts from."
 
+    size: str | None = None  # "nano", "small", "medium" or "paper": backbone, neck and head by a word; none: as below
     width: float | None = None  # of the backbone, one that it has; none: the teacher's or the weights', else the least
     backbone: str | None = None  # ours or timm's; none: the teacher's or the weights', else slimmable_resnet50
     neck_channels: int | None = None  # of neck and head; none: the teacher's, the weights', the data's or the recipe's
@@ -89,6 +92,7 @@ class ModelSettings:
     head_convs: int | None = None  # in each tower of the head; none: as neck_channels
     head_norm: str | None = None  # of the towers: "group", or "batch" (one for each level); none: as neck_channels
     separable: bool | None = None  # depthwise-separable 3×3 convolutions in neck and towers; none: as neck_channels
+    all_widths: bool = False  # one student for every width of its backbone, switched at run time
     weights: str | None = None  # to start from: a backbone's or detector's file, or "pretrained" (of timm)
     short_side: int | None = None  # test size; none: as neck_channels
     max_side: int | None = None  # limit of the long side; none: in their proportion, else of 1333 to 800
@@ -107,8 +111,8 @@ class TrainSettings(MachineSettings, RecipeSettings, ModelSettings):
     val_annotations: str | None = None  # COCO's file or a folder of Pascal VOC's to evaluate on; none: found in data
     val_images: str | None = None  # folder of their images; none: found
     keep_empty_classes: bool = False  # also learn classes that have no box in either split
-    teacher: str | None = None  # a student's: run folder or file, ours or published; none: runs/DATA/teacher-wWIDTH
-    out: str | None = None  # run folder; none: runs/DATA/ROLE-wWIDTH under the repository
+    teacher: str | None = None  # a student's: run folder or file, ours or published; none: runs/DATA/teacher-…
+    out: str | None = None  # run folder; none: runs/DATA/ROLE-wWIDTH in the repository, with size or backbone in it
     reduced_decoding: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8 where enough: faster, pixels differ a little
     seed: int = 0  # in one process on a CPU, the same seed on the same machine gives the same losses
     export: bool = False  # also write model.onnx into the run folder, for runtimes without PyTorch
@@ -116,6 +120,8 @@ class TrainSettings(MachineSettings, RecipeSettings, ModelSettings):
 
     def __post_init__(self):
         if isinstance(self.milestones, list): object.__setattr__(self, "milestones", tuple(self.milestones))
+        for name, value in size_fields(self.size).items():
+            if getattr(self, name) is None: object.__setattr__(self, name, value)
         check_train_settings(self)
         object.__setattr__(self, "data", data_beside(self.data, self.train_annotations))
 
@@ -123,9 +129,15 @@ class TrainSettings(MachineSettings, RecipeSettings, ModelSettings):
     def folder(self) -> Path:
         "Return the run folder."
         if self.out: return Path(self.out).expanduser().resolve()
-        backbone = self.backbone or "slimmable_resnet50"
-        width = backbone_family(backbone).widths[0] if self.width is None else self.width
-        return default_folder(self.data, self.role, width, backbone)
+        if self.all_widths: return default_folder(self.data, f"{self.role}-all", 1.0, folder_name(self))
+        width = backbone_family(self.backbone or "slimmable_resnet50").widths[0] if self.width is None else self.width
+        return default_folder(self.data, self.role, width, folder_name(self))
+
+# %% ../../nbs/62_runs.settings.ipynb #b5cf0aa4
+def folder_name(settings: ModelSettings) -> str:
+    "Return what names a default folder: the size, or the backbone where it is not the size's own."
+    own = size_fields(settings.size).get("backbone")
+    return settings.size if own and own == settings.backbone else settings.backbone or "slimmable_resnet50"
 
 # %% ../../nbs/62_runs.settings.ipynb #b5cf0aa5
 def check_value(
@@ -151,12 +163,14 @@ def check_value(
 
 def check_model(settings: TrainSettings) -> None:
     "Raise a `ValueError` that names the first field of the model that makes no sense whatever its teacher and data."
-    names = ("backbone", "neck_channels", "head_convs", "finest_stride", "head_norm", "separable")
+    names = ("backbone", "neck_channels", "head_convs", "finest_stride", "head_norm", "separable", "all_widths")
     given = {name: value for name in names if (value := getattr(settings, name)) is not None}
     families = [backbone_family(settings.backbone)] if settings.backbone else BACKBONES.values()
     widths = sorted({width for family in families for width in family.widths})
     if settings.width is not None: width_index(settings.width, widths)
     if "backbone" in given: given["width"] = widths[0]
+    if settings.all_widths and settings.width not in (None, widths[-1]):
+        raise ValueError(f"width is {settings.width:g} and all_widths True: every width is trained, so leave one out")
     ModelConfig(settings.role, **given)
 
 # %% ../../nbs/62_runs.settings.ipynb #8e9e5ac6
@@ -293,5 +307,5 @@ def settings_dict(
     "Convert settings for a file: paths become absolute, so that it can be used from anywhere."
     values = asdict(settings)
     for name in {"weights", "teacher", "model", "out", *EXPLICIT}.intersection(values):
-        if values[name] is not None: values[name] = str(Path(values[name]).expanduser().resolve())
+        if values[name] not in (None, "pretrained"): values[name] = str(Path(values[name]).expanduser().resolve())
     return {**values, "data": data_name(values["data"])}

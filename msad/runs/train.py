@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['differing_parts', 'initial_model', 'Validation', 'is_best', 'BestModel', 'Pictures', 'duration', 'print_estimate',
-           'make_trainer', 'go_back_to_best', 'train_here', 'run', 'train', 'main']
+           'make_trainer', 'go_back_to_best', 'evaluate_widths', 'train_here', 'run', 'train', 'main']
 
 # %% ../../nbs/64_runs.train.ipynb #56d7a917
 import argparse
@@ -38,17 +38,17 @@ from ..engine.weights import load_model, load_weights, read_weights, save_model
 from ..evaluation.curves import plot_losses
 from ..evaluation.evaluator import Evaluation, evaluate_model, write_evaluation
 from ..evaluation.pictures import save_figure
-from ..models.detector import ModelConfig, build_model, student_of
-from ..models.distillation import Distillation
+from ..models.backbone import backbone_family
+from ..models.detector import BUILT_ALIKE, ModelConfig, build_model, set_detector_width, student_of
+from ..models.sandwich import learning_model
 from .folders import display_path, lock_run_folder
-from .plan import Plan, fit_minutes, has_backbone_of, intervals, plan_state, prepare
+from .plan import Plan, fit_minutes, intervals, plan_state, prepare
 from .settings import TrainSettings, read_settings_file, settings_dict
 
 # %% ../../nbs/64_runs.train.ipynb #dbc1e1bc
 def differing_parts(config: ModelConfig, teacher: ModelConfig) -> str:
     "List what a student cannot have from its teacher, since it is built otherwise."
-    names = "backbone", "width", "neck_channels", "head_convs", "head_norm", "separable"
-    return ", ".join(name for name in names if getattr(config, name) != getattr(teacher, name))
+    return ", ".join(name for name in BUILT_ALIKE if getattr(config, name) != getattr(teacher, name))
 
 
 def initial_model(plan: Plan) -> tuple[torch.nn.Module, str]:
@@ -63,10 +63,10 @@ def initial_model(plan: Plan) -> tuple[torch.nn.Module, str]:
     text, others = "The student starts from its teacher", "kept from the teacher"
     if inherited := differing_parts(plan.config, teacher.config):
         text, others = f"{text} but for {inherited}", "the teacher's, or started anew"
-    if plan.weights and (plan.weights.config or not has_backbone_of(plan.config, teacher.config)):
+    if plan.weights:
         text = f"{text}. {load_weights(student, plan.weights, otherwise=others)}"
-    if plan.recipe.alpha == 0: return student, f"{text}, and learns without it"
-    return Distillation(student, teacher, plan.recipe.alpha), text
+    if plan.recipe.alpha == 0: text = f"{text}, and learns without it"
+    return learning_model(student, teacher, plan.recipe.alpha), text
 
 # %% ../../nbs/64_runs.train.ipynb #6ce91fb2
 class Validation:
@@ -165,6 +165,25 @@ def go_back_to_best(
     return {"stopped": trainer.iteration}
 
 
+def evaluate_widths(
+    trainer: Trainer,  # whose last evaluation is done
+) -> dict[str, dict]:  # what `metrics.json` tells of it; nothing for a detector of one width
+    "Evaluate a detector of all widths at the narrower ones too: AP and AP50 by width."
+    model, validation = trainer.result, trainer.evaluate
+    if not model.config.all_widths: return {}
+    *narrower, widest = backbone_family(model.config.backbone).widths
+    evaluations = {widest: validation.last}
+    for width in narrower:
+        set_detector_width(model, width)
+        validation(model, trainer.recipe.iterations)
+        evaluations[width] = validation.last
+    set_detector_width(model, widest)
+    validation.last = evaluations[widest]
+    names = ("AP", "AP50", "seconds_per_image")
+    found = {f"{width:g}": {name: e.metrics[name] for name in names} for width, e in evaluations.items() if e}
+    return {"widths": found}
+
+# %% ../../nbs/64_runs.train.ipynb #5b110003
 def train_here(plan: Plan) -> None:
     "Do this process's part of a training; a finished run stays as it is."
     settings, folder = plan.settings, plan.settings.folder
@@ -178,7 +197,7 @@ def train_here(plan: Plan) -> None:
             (folder / "metrics.json").unlink(missing_ok=True)
         trainer = make_trainer(plan)
         trainer.fit()
-        done = go_back_to_best(trainer)
+        done = go_back_to_best(trainer) | evaluate_widths(trainer)
         if rank() == 0:
             save_model(folder / "model_final.pth", trainer.result)
             write_evaluation(folder, trainer.evaluate.last, iterations=plan.recipe.iterations, **done)
