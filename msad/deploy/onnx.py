@@ -24,9 +24,8 @@ from ..data.files import write_atomically
 from ..data.images import CocoImages
 from ..data.layouts import read_split
 from ..data.transforms import EvalTransform
-from .predictor import of_width
 from ..engine.weights import load_model
-from ..models.detector import Detector, set_thresholds
+from ..models.detector import Detector, of_width, set_thresholds
 from ..models.postprocess import Thresholds
 from ..models.targets import HeadOutputs, decode_boxes, make_locations
 from ..models.transform import InputTransform

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Picture', 'BATCH_SIZE', 'array_photograph', 'tensor_photograph', 'pillow_photograph', 'as_photograph',
            'annotated_figure', 'to_jpeg', 'Prediction', 'read_photograph', 'detect_photographs', 'checked_device',
-           'prepare_detector', 'read_or_error', 'is_one_picture', 'predict_batch', 'without_errors', 'of_width',
-           'Predictor']
+           'prepare_detector', 'read_or_error', 'is_one_picture', 'predict_batch', 'without_errors', 'Predictor']
 
 # %% ../../nbs/76_deploy.predictor.ipynb #02ef5ccd
 import io
@@ -30,7 +29,7 @@ from ..evaluation.coco_metrics import to_coco
 from ..evaluation.errors import SHOWN_SCORE
 from ..evaluation.inference import scale_back
 from ..evaluation.pictures import draw_boxes
-from ..models.detector import Detector, ModelConfig, cut_detector, detect, other_width, set_thresholds
+from ..models.detector import Detector, ModelConfig, detect, of_width, set_thresholds
 from ..models.transform import InputTransform
 from ..runs.folders import detector_file, shorten
 
@@ -237,13 +236,6 @@ def without_errors(predictions: Iterable[Prediction | Exception]) -> Iterator[Pr
     for found in predictions:
         if isinstance(found, Exception): raise found
         yield found
-
-
-def of_width(model: Detector, width: float | None) -> Detector:
-    "Cut a width out of a detector of all widths; none: its widest. Raises a `ValueError` for one that it has not."
-    if model.config.all_widths: return cut_detector(model, width or model.config.width)
-    if width in (None, model.config.width): return model
-    raise ValueError(other_width(model.config, width))
 
 # %% ../../nbs/76_deploy.predictor.ipynb #5399b4b6
 class Predictor:

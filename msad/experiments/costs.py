@@ -128,8 +128,9 @@ def list_points(
     found = []
     for name in [name for name in SHAPES if name in costs]:
         metrics = [row["student"] for row in rows if row["name"] == name]
+        if not metrics: continue
         means = {metric: np.mean([values[metric] for values in metrics]) for metric in ("AP", "AP50")}
-        if metrics: found.append((name, means, Cost(**costs[name])))
+        found.append((name, means, Cost(**costs[name])))
     front = pareto_front([cost.onnx_seconds for *_, cost in found], [metrics["AP"] for _, metrics, _ in found])
     points = [Point(*parts, on_front) for parts, on_front in zip(found, front, strict=True)]
     return sorted(points, key=lambda point: point.cost.onnx_seconds)

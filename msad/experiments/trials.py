@@ -36,6 +36,7 @@ from ..evaluation.coco_metrics import per_class_ap, run_coco_eval, summary_metri
 from ..models.backbone import knows_imagenet
 from ..models.mobilenet import MOBILENET_WIDTHS
 from ..models.sizes import size_fields
+from ..models.timm_backbone import PACKAGES
 from ..runs.folders import FolderInUse, data_folder, runs_folder
 from ..runs.plan import TEACHER_SHARE
 from ..runs.settings import TrainSettings, check_types
@@ -81,7 +82,7 @@ def shape(
     **others: object,  # fields of `TrainSettings`
 ) -> Trial:
     "Make the trial of a detector."
-    weights = "pretrained" if backbone.startswith("tf_") else None
+    weights = "pretrained" if backbone in PACKAGES else None
     parts = dict(backbone=backbone, weights=weights, neck_channels=channels, head_convs=convs)
     return Trial("a detector", dict(width=1.0, separable=separable, head_norm=norm) | parts | others)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from .mobilenet import MOBILENET_WIDTHS, MobileNetV2, slimmable_mobilenet_v2
 from .resnet import WIDTHS, ResNet50, resnet50, slimmable_resnet50
-from .slimmable import own_norms, width_index
+from .slimmable import width_index
 from .timm_backbone import TimmBackbone, has_pretrained, import_timm, timm_maps
 
 # %% ../../nbs/05_models.backbone.ipynb #13b49eb8
@@ -23,14 +23,12 @@ class BackboneFamily(NamedTuple):
 
     build: Callable[[float], nn.Module]  # width → network with `channels` and `strides` of C1..C5
     widths: tuple[float, ...]  # narrowest first
-    build_slimmable: Callable[[], nn.Module] | None = None  # network of all widths, where there are several
+    slimmable: Callable[[], nn.Module] | None = None  # network of all widths, where there are several
 
 
 BACKBONES = {
     "slimmable_resnet50": BackboneFamily(slimmable_resnet50, WIDTHS, ResNet50),
-    "slimmable_mobilenet_v2": BackboneFamily(
-        slimmable_mobilenet_v2, MOBILENET_WIDTHS, lambda: own_norms(MobileNetV2())
-    ),
+    "slimmable_mobilenet_v2": BackboneFamily(slimmable_mobilenet_v2, MOBILENET_WIDTHS, MobileNetV2),
     "resnet50": BackboneFamily(lambda width: resnet50(), (1.0,)),
 }
 
@@ -69,8 +67,8 @@ def check_backbone(
     "Raise a `ValueError` that names the first field which does not fit the others, with the cure."
     family = backbone_family(name)
     width_index(width, family.widths)
-    if all_widths and not family.build_slimmable:
-        slimmable = [name for name, family in BACKBONES.items() if family.build_slimmable]
+    if all_widths and not family.slimmable:
+        slimmable = [name for name, family in BACKBONES.items() if family.slimmable]
         raise ValueError(f"all_widths is True: {name} has one width; choose {' or '.join(slimmable)}")
     if finest_stride == 2 and name not in BACKBONES and not timm_maps(name).channels[0]:
         raise ValueError(f"finest_stride is 2: {name} has no map of that stride; choose 4 or 8, or another backbone")

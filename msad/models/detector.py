@@ -6,7 +6,7 @@
 __all__ = ['FUSED_WEIGHT', 'BUILT_ALIKE', 'NUM_LEVELS', 'WHOLE_NUMBERS', 'ROLES', 'detect', 'check_targets', 'check_batch',
            'Detector', 'Views', 'Teacher', 'Student', 'with_tuples', 'config_fields', 'ModelConfig', 'check_values',
            'check_config', 'build_model', 'set_thresholds', 'scaled_max_side', 'norms_for_all', 'student_of',
-           'set_detector_width', 'other_width', 'cut_detector']
+           'set_detector_width', 'other_width', 'cut_detector', 'of_width']
 
 # %% ../../nbs/12_models.detector.ipynb #bd7b9907
 import copy
@@ -23,7 +23,7 @@ from .fusion import CrossFusion, aligned_levels, low_view
 from .head import NORMS, FCOSHead, check_channels
 from .neck import FPN, slim_inputs
 from .postprocess import Thresholds
-from .slimmable import SlimmableConv2d, cut, set_width, switch, width_index
+from .slimmable import SlimmableConv2d, cut, own_norms, set_width, switch, width_index
 from .targets import Targets, assign_targets, batch_locations
 from .transform import IMAGENET, InputTransform, Normalization, check_images
 
@@ -316,7 +316,7 @@ def build_model(
     "Build a detector as `config` describes it, with fresh weights; it keeps `config` as `model.config`."
     kind = Teacher if config.role == "teacher" else Student
     family = backbone_family(config.backbone)
-    backbone = family.build_slimmable() if config.all_widths else family.build(config.width)
+    backbone = own_norms(family.slimmable()) if config.all_widths else family.build(config.width)
     views = ("high", "low") if kind is Teacher else (kind.view,)
     count, num_classes = NUM_LEVELS[config.finest_stride], len(config.class_names)
     levels = [level for view in views for level in aligned_levels(view, count)]
@@ -394,7 +394,7 @@ def other_width(config: ModelConfig, width: float) -> str:
         "all_widths"
     )
 
-
+# %% ../../nbs/12_models.detector.ipynb #12a00006
 def cut_detector(
     model: Student,  # of all widths; it stays as it is
     width: float,
@@ -410,3 +410,13 @@ def cut_detector(
     plain.head.load_state_dict(model.head.state_dict())
     plain.transform, plain.head.thresholds = model.transform, model.head.thresholds
     return plain.train(model.training)
+
+
+def of_width(
+    model: Detector,
+    width: float | None,  # none: the widest that it has
+) -> Detector:  # of one width
+    "Cut a width out of a detector of all widths; another is returned as it is. Raises a `ValueError` for other widths."
+    if model.config.all_widths: return cut_detector(model, width or model.backbone.widths[-1])
+    if width in (None, model.config.width): return model
+    raise ValueError(other_width(model.config, width))

@@ -27,10 +27,10 @@ def conv3x3(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels, out_channels, 3, stride, padding=1)
 
 
-def separable_conv3x3(channels: int, out_channels: int, bias: bool = True) -> nn.Sequential:
+def separable_conv3x3(channels: int, out_channels: int) -> nn.Sequential:
     "Make a depthwise-separable 3×3 convolution: one filter for each channel, then a 1×1 that mixes them."
     depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
-    return nn.Sequential(depthwise, nn.Conv2d(channels, out_channels, 1, bias=bias))
+    return nn.Sequential(depthwise, nn.Conv2d(channels, out_channels, 1))
 
 # %% ../../nbs/06_models.neck.ipynb #2f4b4bde
 class FPN(nn.Module):

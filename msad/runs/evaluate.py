@@ -25,7 +25,7 @@ from ..engine.published import has_classes
 from ..engine.weights import load_model
 from ..evaluation.coco_metrics import METRIC_NAMES
 from ..evaluation.evaluator import evaluate_model, write_evaluation
-from ..models.detector import Detector, scaled_max_side, set_thresholds
+from ..models.detector import Detector, of_width, scaled_max_side, set_thresholds
 from ..models.postprocess import Thresholds
 from msad.runs.folders import (
     default_folder,
@@ -72,7 +72,7 @@ def load_detector(
 ) -> tuple[Path, Detector, CocoImages]:  # file, detector, and the images with its classes
     "Load a detector at its test size. Raises a `ValueError` when it has other classes than the data."
     path = detector_file(settings.model)
-    model = load_model(path, width=settings.width)
+    model = of_width(load_model(path), settings.width)
     fitting = fit_classes(images, model.config.class_names)
     if has_classes(model.config, fitting.class_names): images = fitting
     if not has_classes(model.config, images.class_names):
@@ -149,8 +149,7 @@ def evaluate(
     summary = check_images(images, decode=False, headers=not is_launched())
     path, model, images = load_detector(settings, images)
     config, description = model.config, describe_evaluation(settings, path, model, images)
-    kind = f"evaluate-{config.role}{'-all' if config.all_widths else ''}"
-    default = default_folder(settings.data, kind, config.width, config.backbone)
+    default = default_folder(settings.data, f"evaluate-{config.role}", config.width, config.backbone)
     folder = Path(settings.out).expanduser().resolve() if settings.out else default
     if is_launched():
         evaluate_here(settings, model, images, folder, description)
