@@ -45,10 +45,12 @@ def save_file(
 def save_model(
     path: str | Path,
     model: Detector,  # with a `config`, as `build_model` makes it
+    half: bool = False,  # weights of 16 bits, for a file of half the size
 ) -> None:
     "Write all that is needed to rebuild `model`: its description and its weights."
-    contents = {"format": FORMAT, "config": model.config.to_dict(), "model": model.state_dict()}
-    save_file(path, contents)
+    state = model.state_dict()
+    if half: state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    save_file(path, {"format": FORMAT, "config": model.config.to_dict(), "model": state})
 
 # %% ../../nbs/34_engine.weights.ipynb #e234f9a5
 def reason(error: Exception) -> str:
