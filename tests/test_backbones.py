@@ -54,10 +54,11 @@ def lively(config):
 CLASSES = dict(class_names=("pine", "oak"), category_ids=(7, 90))
 SHAPE = dict(neck_channels=32, head_convs=1, short_side=64, max_side=96, **CLASSES)
 LIGHT = dict(head_norm="batch", separable=True)
+GRIDS = [("slimmable_resnet50", 0.25, dict(finest_stride=stride)) for stride in (2, 8)]
+LOOKS = [(*network, looks) for network in NETWORKS for looks in ({}, LIGHT)]
 
 
-@pytest.mark.parametrize(("name", "width"), NETWORKS)
-@pytest.mark.parametrize("looks", [{}, LIGHT], ids=("published", "light"))
+@pytest.mark.parametrize(("name", "width", "looks"), [*LOOKS, *GRIDS])
 def test_from_the_first_step_to_the_evaluation(tmp_path, name, width, looks):
     write_coco(tmp_path / "data", "val2017")
     images = CocoImages(tmp_path / "data", "val2017")
@@ -81,8 +82,10 @@ def test_from_the_first_step_to_the_evaluation(tmp_path, name, width, looks):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "looks"),
-    [("slimmable_mobilenet_v2", LIGHT), ("resnet50", {}), ("tf_efficientnet_lite0", LIGHT), ("convnext_atto", {})],
-    ids=lambda value: value if isinstance(value, str) else None,
+    [
+        ("slimmable_mobilenet_v2", LIGHT), ("resnet50", {}), ("tf_efficientnet_lite0", LIGHT), ("convnext_atto", {}),
+        *((name, looks) for name, _, looks in GRIDS),
+    ],
 )
 def test_the_file_finds_the_same(tmp_path, name, looks):
     model = lively(ModelConfig("student", backbone_family(name).widths[0], backbone=name, **SHAPE, **looks))

@@ -21,6 +21,7 @@ from msad.engine.recipe import adapt
 from msad.engine.trainer import make_transform
 from msad.engine.weights import load_model
 from msad.evaluation.coco_metrics import evaluate_coco
+from msad.evaluation.evaluator import evaluate_model
 from msad.runs.auto import auto_recipe, images_to_show, smallest_class
 from msad.runs.folders import default_folder
 from msad.runs.plan import TEACHER_SHARE, prepare
@@ -69,6 +70,14 @@ def test_boxes_follow_their_objects(variety):
         counts.add(len(out["boxes"]))
     assert (shapes == {(100, 150)}) == bool(variety.scale_jitter)
     assert (len(counts) > 1) == bool(variety.scale_jitter or variety.iou_crop)
+
+
+def test_colours_change():
+    image, target = dark_blocks()
+    plain, varied = (TrainTransform(100, 300, seed=3, variety=Variety(photometric=part)) for part in (0.0, 1.0))
+    for epoch in range(5):
+        (one, boxes), (other, same) = plain(image, target, epoch), varied(image, target, epoch)
+        assert not torch.equal(one, other) and torch.equal(boxes["boxes"], same["boxes"])
 
 
 def test_a_window_of_a_large_scale_and_of_a_small_one():
@@ -179,6 +188,21 @@ def test_small_objects_ask_for_a_fine_grid(tmp_path):
     assert strides == [8, 4, 2]
 
 
+def test_crowded_objects_ask_for_a_fine_grid(tmp_path):
+    "All are 32 pixels large in the low view, four cells of 8; their middles are 40 or 8 pixels apart."
+    for gap, stride in ((40, 8), (8, 4)):
+        root = tmp_path / str(gap)
+        write_coco(root, "train2017", images=1, size=(192, 192))
+        file = root / "annotations/instances_train2017.json"
+        dataset = json.loads(file.read_text())
+        corners = [(16 + 2 * gap * column, 16 + 2 * gap * row) for row in range(2) for column in range(2)]
+        boxes = [[x, y, 64 - 2 * i, 64 - 2 * i] for i, (x, y) in enumerate(corners)]
+        dataset["annotations"] = [{**dataset["annotations"][0], "id": i, "bbox": box} for i, box in enumerate(boxes)]
+        file.write_text(json.dumps(dataset))
+        plan = plan_of(root, root / "run", train_split="train2017", val_split="train2017", short_side=192)
+        assert plan.config.finest_stride == stride
+
+
 def test_fewer_photographs_are_seen_more_often():
     shown = [images_to_show(count) for count in (10, 100, 1000, 10_000, 117_266)]
     assert shown == sorted(shown)
@@ -266,6 +290,25 @@ def test_without_patience_left_the_best_model_counts(coco, tmp_path):
     found = evaluate_coco(coco / "annotations/instances_val2017.json", folder / "detections.json")
     assert found["AP"] == pytest.approx(metrics["AP"])
     assert prepare(settings).state == "finished"
+
+
+# --- the average of the weights
+
+
+@pytest.mark.slow
+def test_the_average_is_evaluated_and_kept(coco, tmp_path):
+    folder = train(TrainSettings(
+        role="teacher", data=str(coco), out=str(tmp_path / "run"), devices="cpu", workers=0, short_side=64, max_side=96,
+        neck_channels=64, head_convs=1, recipe="small", iterations=6, batch_size=2, lr=0.01, ema=0.5,
+        checkpoint_every=6,
+    ))
+    (file,) = (folder / "checkpoints").iterdir()
+    checkpoint, kept = torch.load(file, weights_only=True), load_model(folder)
+    last, average = checkpoint["model"], checkpoint["average"]
+    assert all(torch.equal(value, average[name]) for name, value in kept.state_dict().items())
+    assert not torch.equal(last["head.cls_logits.weight"], average["head.cls_logits.weight"])
+    metrics = evaluate_model(kept, CocoImages(coco, "val2017"), 64, 96).metrics
+    assert metrics["AP"] == pytest.approx(json.loads((folder / "metrics.json").read_text())["AP"])
 
 
 # --- one command

@@ -58,7 +58,9 @@ def upright_rgb(
     if image.mode.startswith(("I", "F")): image = _eight_bits(image)
     image = image.convert("RGB")
     for note in NOTES: image.info.pop(note, None)  # or it would be turned once more
-    if deep: _check_brightest(256 * int(np.asarray(image).max()), "about ")
+    if deep:
+        brightest = int(np.asarray(image).max())
+        _check_brightest(256 * brightest or 255, "about " if brightest else "at most ")
     return image
 
 # %% ../../nbs/23_data.images.ipynb #78339fc4
@@ -70,8 +72,9 @@ def _is_deep(image: Image.Image) -> bool:
 def _check_brightest(brightest: int, about: str = "") -> None:
     if 0 < brightest < LEAST_BRIGHTEST:
         raise ValueError(
-            f"its brightest value is {about}{brightest:,} of 65,535, so 8 bits would keep {brightest // 256 + 1} grey "
-            "levels; multiply the pixels of the whole data set by one number, so that they fill 16 bits, or save 8 bits"
+            f"its brightest value is {about}{brightest:,} of 65,535, so of 256 grey levels 8 bits would keep "
+            f"{brightest // 256 + 1}; multiply the pixels of the whole data set by one number, so that they fill 16 "
+            "bits, or save 8 bits"
         )
 
 

@@ -177,9 +177,10 @@ def make_run(settings: TrialsSettings, name: str, seed: int, shared: dict, teach
     if name in TRIALS: with_teacher = TRIALS[name].teacher_of or name
     shared = dict(data=settings.data, width=settings.width, seed=seed, devices=settings.devices) | shared
     paths = {"teacher": str(trial_folder(settings, with_teacher, seed) / "teacher"), "student": str(folder / "student")}
+    teacher = {**shared, **teacher, "role": "teacher", "out": paths["teacher"]}
+    shared.pop("weights", None)  # a student starts from its teacher
     student = {**shared, **student, "role": "student", "teacher": paths["teacher"], "out": paths["student"]}
-    return Run(name, seed, TrainSettings(**{**shared, **teacher, "role": "teacher", "out": paths["teacher"]}),
-               TrainSettings(**student))
+    return Run(name, seed, TrainSettings(**teacher), TrainSettings(**student))
 
 # %% ../../nbs/91_experiments.trials.ipynb #5b110004
 def list_runs(settings: TrialsSettings) -> list[Run]:

@@ -59,8 +59,11 @@ def choose_short_side(
 ) -> Choice:
     "Choose the test size."
     name, part = smallest_class(images)
-    side = int(np.clip(32 * np.ceil(PIXELS[device] / part / 32 - 0.25), 192, 800))
-    return Choice(side, f"the median {name}, the smallest class, has {part * side / 2:.0f} pixels in the low view")
+    wanted = int(np.clip(32 * np.ceil(PIXELS[device] / part / 32 - 0.25), 192, 800))
+    most = 32 * int(np.ceil(2 * np.median(images.sizes.min(axis=1)) / 32))
+    side = min(wanted, most)
+    why = f"the median {name}, the smallest class, has {part * side / 2:.0f} pixels in the low view"
+    return Choice(side, why if wanted <= most else f"twice the photographs' own; {why}")
 
 
 def choose_stride(
