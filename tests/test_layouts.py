@@ -106,6 +106,7 @@ LAYOUTS = {
     "COCO, images/SPLIT": lambda root: write_coco(root, "images/{split}"),
     "COCO, images": lambda root: write_coco(root, "images"),
     "COCO, beside the file": lambda root: write_coco(root, "annotations"),
+    "COCO, annotations/NAME.json": lambda root: write_coco(root, annotations="annotations/{split}.json"),
     "COCO, one JSON a split": lambda root: write_coco(root, annotations="{split}.json"),
     "COCO, in the split's folder": lambda root: write_coco(root, annotations="{split}/boxes.json"),
     "Roboflow's COCO export": write_roboflow,
@@ -135,6 +136,15 @@ def test_every_layout_gives_the_same(tmp_path, layout):
         summary = check_data(root, path.split)
         assert f"{path.split} is {split.layout}: " in str(summary)
     assert {path: path.stat().st_mtime_ns for path in sorted(root.rglob("*"))} == before
+
+
+@pytest.mark.parametrize("there, found", [
+    (("trainval", "test"), ("trainval", "test")), (("train", "trainval", "val", "test"), ("train", "val")),
+    (("train2017", "val2017", "test"), ("train2017", "val2017")), (("train", "test"), ("train", "test")),
+])
+def test_splits_are_found_by_their_names(tmp_path, there, found):
+    write_coco(tmp_path, splits=dict.fromkeys(there, SPLITS["train"]))
+    assert tuple(path.split for path in find_splits(tmp_path)) == found
 
 
 @pytest.mark.parametrize("layout, place", [
@@ -457,6 +467,7 @@ def test_one_command_trains_on_a_folder_of_pascal_voc(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     size = "--short-side 96 --max-side 128 --workers 0 --devices cpu"
     model = "--recipe small --iterations 2 --batch-size 2 --neck-channels 64 --head-convs 1"
+    before = {path: path.stat().st_mtime_ns for path in sorted(SOURCE.rglob("*"))}
     main(f"train --role teacher --data {SOURCE} --out teacher {model} {size}".split())
     assert "train is Pascal VOC" in capsys.readouterr().out
     settings = json.loads((tmp_path / "teacher/settings.json").read_text())
@@ -471,6 +482,7 @@ def test_one_command_trains_on_a_folder_of_pascal_voc(tmp_path, monkeypatch, cap
         assert found <= set(images.image_ids)
     main(f"export --model teacher --data {SOURCE} --out model.onnx --num-images 2".split())
     assert (tmp_path / "model.onnx").is_file()
+    assert {path: path.stat().st_mtime_ns for path in sorted(SOURCE.rglob("*"))} == before
 
 
 def test_files_that_were_named_are_found_again(tmp_path):
