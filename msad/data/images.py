@@ -51,14 +51,15 @@ def upright_rgb(
     Raises ValueError for pixels of other than 8 or 16 bits, or of 16 that use a small part of their range, and Pillow's
     errors if the image is damaged.
     """
-    deep = _is_deep(image)
+    grey = image.mode.startswith(("I", "F"))
+    colour = _is_deep(image) and not grey
     image.load()
     orientation = read_orientation(image)
     if orientation in TURNS: image = image.transpose(TURNS[orientation])
-    if image.mode.startswith(("I", "F")): image = _eight_bits(image)
+    if grey: image = _eight_bits(image)
     image = image.convert("RGB")
     for note in NOTES: image.info.pop(note, None)  # or it would be turned once more
-    if deep:
+    if colour:
         brightest = int(np.asarray(image).max())
         _check_brightest(256 * brightest or 255, "about " if brightest else "at most ")
     return image
