@@ -64,9 +64,7 @@ RECIPES = {
     "lr ×2": Trial("twice the learning rate", dict(lr=4e-3), dict(lr=2e-3)),
     "no average": Trial("the last weights", dict(ema=0.0)),
     "clipping": Trial("gradients of norm 1 at most", dict(max_grad_norm=1.0)),
-    "batch 4": Trial("batches of 4, twice the iterations", dict(batch_size=4)),
     "stride 4": Trial("a coarser grid", dict(finest_stride=4)),
-    "64 channels": Trial("a wider neck and head", dict(neck_channels=64)),
     "one convolution": Trial("shorter towers", dict(head_convs=1)),
     "no distillation": Trial("the teacher's weights alone", {}, dict(alpha=0.0)),
     "published α": Trial("ten times the distillation", {}, dict(alpha=0.2)),
@@ -189,9 +187,8 @@ def list_runs(settings: TrialsSettings) -> list[Run]:
     for seed in range(settings.seeds):
         for name in settings.trials if settings.trials is not None else RECIPES:
             _, changes, student, _ = TRIALS[name]
-            more = 8 // changes.get("batch_size", 8)
             changes = dict(train_split=settings.train_split, val_split=settings.val_split, recipe="auto", **changes)
-            lengths = [dict(iterations=n * more) for n in (settings.teacher_iterations, settings.iterations)]
+            lengths = [dict(iterations=n) for n in (settings.teacher_iterations, settings.iterations)]
             runs.append(make_run(settings, name, seed, changes, lengths[0], {**lengths[1], **student}))
     for seed in range(settings.timed_seeds):
         for minutes, size in itertools.product(settings.minutes, (None, *settings.sizes)):
