@@ -1,6 +1,7 @@
 "Every family of backbones at every width: its cost, and a detector on it from the first step to the exported file."
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -197,6 +198,14 @@ def test_a_teacher_in_the_default_place_is_what_was_asked_for(folder, monkeypatc
         prepare(settings_of(folder, neck_channels=64))
     there = str(folder / "runs" / "data" / "teacher-w0.25")
     assert prepare(settings_of(folder, neck_channels=64, teacher=there)).config.neck_channels == 64
+    known = dict(backbone="tf_efficientnet_lite0", weights="pretrained")
+    train(settings_of(folder, role="teacher", recipe="small", iterations=1, short_side=64, **known | {"weights": None}))
+    with pytest.raises(ValueError, match=r"did not start from pretrained/tf_efficientnet_lite0; leave weights out"):
+        prepare(settings_of(folder, **known))
+    train(settings_of(folder, role="teacher", recipe="small", iterations=1, short_side=64, out="known", **known))
+    shutil.rmtree(folder / "runs" / "data" / "teacher-tf_efficientnet_lite0")
+    shutil.move("known", folder / "runs" / "data" / "teacher-tf_efficientnet_lite0")
+    assert prepare(settings_of(folder, **known)).teacher.is_file()
 
 
 def test_fixed_statistics_need_some(folder):

@@ -180,7 +180,7 @@ def require(
 ) -> None:
     "Import a package that is optional. Raises an `ImportError` with the cure."
     try: importlib.import_module(package)
-    except ImportError: raise ImportError(f'{purpose} needs {package}: pip install "msad[export]"') from None
+    except ImportError: raise ImportError(f'{purpose} needs {package}: pip install ".[export]" in the clone') from None
 
 
 def onnx_program(

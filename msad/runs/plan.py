@@ -101,13 +101,22 @@ def own_weights(
     settings: TrainSettings,  # of `settle_backbone`
     weights: Weights | None,
     teacher: ModelConfig | None,
+    file: Path | None,  # of the teacher
 ) -> Weights | None:
-    "Leave out a backbone's weights where a student has its teacher's backbone; a teacher that was given has no use."
+    "Leave out a backbone's weights where a student has its teacher's backbone, which started from them."
     if weights is None or weights.config or not has_backbone_of(settings, teacher): return weights
-    if not settings.teacher: return None
-    raise ValueError(
-        f"weights: {weights.path} is of a backbone, and the student starts from that of its teacher: leave one out"
-    )
+    if settings.teacher:
+        raise ValueError(
+            f"weights: {weights.path} is of a backbone, and the student starts from that of its teacher: leave one out"
+        )
+    if file.is_file():
+        began, ours = read_settings(file.parent)["weights"], file_description(weights.path)
+        if not began or (began["sha256"] or began["file"]) != (ours["sha256"] or ours["file"]):
+            raise ValueError(
+                f"weights: the teacher in the default place, {file.parent}, did not start from {weights.path}; leave "
+                "weights out to learn from it all the same, or move that folder away and train it again"
+            )
+    return None
 
 # %% ../../nbs/63_runs.plan.ipynb #5b110001
 def check_default_teacher(
@@ -606,7 +615,7 @@ def prepare(
         teacher, teacher_plan = find_teacher(settings, data_content, weights)
         teacher_config = teacher_plan.config if teacher_plan else given or read_teacher(teacher)
         if not given: check_default_teacher(settings, teacher_config)
-        weights = own_weights(settings, weights, teacher_config)
+        weights = own_weights(settings, weights, teacher_config, teacher)
     like = teacher_config or (weights and weights.config)
     images, val_images, left_out = leave_out_classes(settings, images, val_images, like)
     chosen = choose_model(settings, defaults, images) if like is None else {}
