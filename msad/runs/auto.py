@@ -124,7 +124,7 @@ def auto_recipe(
     lr = float(f"{(LR if from_nothing else LR / 2) * (batch / 8) ** 0.5:.2g}")
     recipe = Recipe(
         iterations, batch, lr, "adamw", "cosine", warmup=max(1, iterations // 10), weight_decay=0.05, ema=0.05,
-        alpha=0.02, distillation_warmup=max(1, round(0.3 * iterations)), scale_jitter=0.25,
+        alpha=0.02, distillation_warmup=max(1, round(0.3 * iterations)), scale_jitter=0.25, max_grad_norm=1.0,
     )
     passes, kind = iterations * batch / count, "a processor" if device == "cpu" else "a GPU"
     return recipe, {
@@ -134,6 +134,7 @@ def auto_recipe(
         "warmup": "a tenth of the iterations",
         "ema": "part of the run that the average of the weights reaches back over",
         "scale_jitter": "few photographs need variety",
+        "max_grad_norm": "so that no batch moves the weights too far",
     }
 
 # %% ../../nbs/61_runs.auto.ipynb #076b6285
