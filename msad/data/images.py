@@ -52,14 +52,14 @@ def upright_rgb(
     errors if the image is damaged.
     """
     grey = image.mode.startswith(("I", "F"))
-    colour = _is_deep(image) and not grey
+    deep_colours = _is_deep(image) and not grey
     image.load()
     orientation = read_orientation(image)
     if orientation in TURNS: image = image.transpose(TURNS[orientation])
     if grey: image = _eight_bits(image)
     image = image.convert("RGB")
     for note in NOTES: image.info.pop(note, None)  # or it would be turned once more
-    if colour:
+    if deep_colours:
         brightest = int(np.asarray(image).max())
         _check_brightest(256 * brightest or 255, "about " if brightest else "at most ")
     return image

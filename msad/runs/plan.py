@@ -110,7 +110,7 @@ def own_weights(
             f"weights: {weights.path} is of a backbone, and the student starts from that of its teacher: leave one out"
         )
     if file.is_file():
-        began, ours = read_settings(file.parent)["weights"], file_description(weights.path)
+        began, ours = read_settings(file.parent).get("weights"), file_description(weights.path)
         if not began or (began["sha256"] or began["file"]) != (ours["sha256"] or ours["file"]):
             raise ValueError(
                 f"weights: the teacher in the default place, {file.parent}, did not start from {weights.path}; leave "
