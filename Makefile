@@ -43,7 +43,7 @@ ablation: install  ## repeat the ablation, on the bundled photographs and on syn
 	@$(PAPERMILL) -p data synthetic -y "variants: [high, scratch, continued, student, correlated, placewise]" \
 		-p results runs/synthetic/ablation/results.json nbs/ablation.ipynb runs/synthetic/ablation.ipynb
 
-check: install lint  ## lint, package and notebooks agree, the fast tests (under 2 minutes)
+check: install lint  ## lint, package and notebooks agree, the fast tests (under 10 minutes)
 	$(BIN)/python tests/check_notebooks.py
 	$(PYTEST) -m "not slow" tests
 
