@@ -158,9 +158,10 @@ PUBLISHED_RECIPES = {
 
 # %% ../../nbs/32_engine.recipe.ipynb #2066c727
 SMALL = {
-    "teacher": Recipe(600, 8, 2e-3, "adamw", "cosine", warmup=60, weight_decay=0.05, ema=0.05),
+    "teacher": Recipe(600, 8, 2e-3, "adamw", "cosine", warmup=60, weight_decay=0.05, max_grad_norm=1.0, ema=0.05),
     "student": Recipe(
-        480, 8, 1e-3, "adamw", "cosine", warmup=48, distillation_warmup=144, alpha=0.02, weight_decay=0.05, ema=0.05
+        480, 8, 1e-3, "adamw", "cosine", warmup=48, distillation_warmup=144, alpha=0.02, weight_decay=0.05,
+        max_grad_norm=1.0, ema=0.05,
     ),
 }
 
