@@ -16,6 +16,7 @@ from msad.engine.weights import load_model, load_weights, pretrained_weights, sa
 from msad.evaluation.capacity import backbone_flops
 from msad.evaluation.evaluator import evaluate_model
 from msad.models.backbone import BACKBONES, backbone_family
+from msad.models.batch import make_batch
 from msad.models.detector import ModelConfig, build_model, student_of
 from msad.models.distillation import Distillation
 from msad.models.mobilenet import MobileNetV2
@@ -66,10 +67,10 @@ def test_from_the_first_step_to_the_evaluation(tmp_path, name, width, looks):
     model, recipe = lively(ModelConfig("student", width, backbone=name, **SHAPE, **looks)), Recipe(2, 2, 0.01, warmup=1)
     before = {name: value.clone() for name, value in model.named_parameters()}
     set_training(model, recipe)
-    batch = [torch.rand(3, 64, 96) for _ in range(2)]
-    targets = [dict(boxes=torch.tensor([[8.0, 8, 40, 40]]), labels=torch.tensor([1])) for _ in batch]
+    target = dict(boxes=torch.tensor([[8.0, 8, 40, 40]]), labels=torch.tensor([1]), image_id=1)
+    batch = make_batch([(torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8), target)] * 2)
     state = make_optimizer(recipe, model), make_scaler(recipe, torch.device("cpu"))
-    losses = train_step(model, *state, recipe, 1, batch, targets)
+    losses = train_step(model, *state, recipe, 1, batch)
     assert all(loss.isfinite() for loss in losses.values())
     moved = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
     assert len(moved) > 0.9 * len(before)

@@ -371,7 +371,8 @@ def test_train_transform_drops_crowds_and_scales_boxes(data):
         if not upright: expected[:, [0, 2]] = width - expected[:, [2, 0]]
         torch.testing.assert_close(out["boxes"].as_subclass(torch.Tensor), expected)
         plain = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
-        assert np.array_equal(pixels.permute(1, 2, 0).numpy(), plain if upright else plain[:, ::-1])
+        apart = pixels.permute(1, 2, 0).numpy() - (plain if upright else plain[:, ::-1]).astype(int)
+        assert np.abs(apart).max() <= 2 and np.abs(apart).mean() < 0.1  # of noise; of photographs 1
     assert sizes == {80, 84, 88, 92, 96, 100}
 
 

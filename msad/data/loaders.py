@@ -11,7 +11,7 @@ import atexit
 import itertools
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import active_children
 from weakref import WeakSet
 
@@ -106,8 +106,8 @@ def collate(
     return list(images), list(targets)
 
 
-def _loader(samples: Dataset, batch_sampler: Iterable, workers: int) -> DataLoader:
-    options = dict(collate_fn=collate, persistent_workers=workers > 0, worker_init_fn=_ignore_signals)
+def _loader(samples: Dataset, batch_sampler: Iterable, workers: int, **options: object) -> DataLoader:
+    options = dict(persistent_workers=workers > 0, worker_init_fn=_ignore_signals) | options
     return DataLoader(samples, batch_sampler=batch_sampler, num_workers=workers, **options)
 
 
@@ -138,11 +138,14 @@ def train_loader(
     rank: int = 0,  # number of this process
     world_size: int = 1,  # processes that split a batch
     empty_images: bool = False,  # see `training_indices`
+    collate: Callable[[list], object] = collate,  # what makes a batch of samples
+    pin_memory: bool = False,  # put batches where a GPU can fetch them
 ) -> DataLoader:
     "Load endless batches of training samples (this process's part of each); the number of workers changes nothing."
     indices = training_indices(images, empty_images)
     sampler = TrainSampler(images.sizes, indices, batch_size, transform.seed, start, rank, world_size)
-    return _loader(TrainImages(images, transform, indices), sampler, workers)
+    samples = TrainImages(images, transform, indices)
+    return _loader(samples, sampler, workers, collate_fn=collate, pin_memory=pin_memory)
 
 # %% ../../nbs/25_data.loaders.ipynb #e6ceb9b6
 def eval_loader(
@@ -160,7 +163,7 @@ def eval_loader(
         size = resized_size(height, width, transform.short_side, transform.max_side)
         groups.setdefault(tuple(-(-side // divisor) for side in size), []).append(index)
     batches = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
-    return _loader(EvalImages(images, transform), batches[rank::world_size], workers)
+    return _loader(EvalImages(images, transform), batches[rank::world_size], workers, collate_fn=collate)
 
 # %% ../../nbs/25_data.loaders.ipynb #810569ae
 WORKERS = WeakSet()  # processes that decode

@@ -19,14 +19,14 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from .images import resized_size
+from .images import as_pixels, resize, resized_size
 
 # %% ../../nbs/24_data.transforms.ipynb #42207034
 def _resize(
-    image: Image.Image, boxes: tv_tensors.BoundingBoxes, size: tuple[int, int]
+    image: tv_tensors.Image, boxes: tv_tensors.BoundingBoxes, size: tuple[int, int]
 ) -> tuple[tv_tensors.Image, tv_tensors.BoundingBoxes]:
-    "Resize both to a height and width, with Pillow's antialiased bilinear filter."
-    return F.to_image(F.resize(image, size)), F.resize(boxes, size)
+    "Resize both to a height and width."
+    return resize(image, size), F.resize(boxes, size)
 
 
 def _transpose(
@@ -55,10 +55,10 @@ def crop_or_pad(
 
 # %% ../../nbs/24_data.transforms.ipynb #c3a10005
 def iou_crop(
-    image: Image.Image,
+    image: tv_tensors.Image,  # C×H×W
     boxes: tv_tensors.BoundingBoxes,  # M×4, xyxy, pixels of the image
     labels: Tensor,  # M
-) -> tuple[Image.Image, tv_tensors.BoundingBoxes, Tensor]:
+) -> tuple[tv_tensors.Image, tv_tensors.BoundingBoxes, Tensor]:
     "Crop an image at random around some of its boxes; those whose centre is outside go (Liu et al., ECCV 2016)."
     if not len(boxes): return image, boxes, labels
     image, target = v2.RandomIoUCrop()(image, {"boxes": boxes, "labels": labels})
@@ -125,14 +125,15 @@ class TrainTransform:
 
     def mosaic_rng(self, epoch: int, image_id: int) -> np.random.Generator | None:
         "Return what decides the mosaic that begins with an image in an epoch; none where there is no mosaic."
-        if epoch >= self.variety.mosaic_epochs: return None
+        if not self.variety.mosaic or epoch >= self.variety.mosaic_epochs: return None
         rng = self.rng(epoch, image_id, 1)
         return rng if rng.random() < self.variety.mosaic else None
 
     def __call__(self, image: Image.Image, target: dict, epoch: int) -> tuple[tv_tensors.Image, dict]:
         "Make the sample that the image gives in that epoch."
+        pixels = tv_tensors.Image(as_pixels(image))
         with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from PyTorch's generator
-            image, boxes, labels = vary(self, image, target, self.rng(epoch, target["image_id"]))
+            image, boxes, labels = vary(self, pixels, target, self.rng(epoch, target["image_id"]))
         boxes = F.clamp_bounding_boxes(boxes)
         large = ((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(dim=1)
         unchanged = {name: target[name] for name in ("image_id", "size")}
@@ -141,7 +142,7 @@ class TrainTransform:
 # %% ../../nbs/24_data.transforms.ipynb #c3a10008
 def vary(
     transform: TrainTransform,
-    image: Image.Image,
+    image: tv_tensors.Image,
     target: dict,
     rng: np.random.Generator,  # of the sample
 ) -> tuple[tv_tensors.Image, tv_tensors.BoundingBoxes, Tensor]:  # image, boxes and labels
@@ -152,9 +153,9 @@ def vary(
     torch.default_generator.manual_seed(int(rng.integers(2**63)))
     boxes, labels = single_boxes(target)
     if rng.random() < transform.variety.iou_crop:
-        whole = image.size
+        whole = image.shape
         image, boxes, labels = iou_crop(image, boxes, labels)
-        size = (size[0] * image.height / whole[1], size[1] * image.width / whole[0])
+        size = (size[0] * image.shape[1] / whole[1], size[1] * image.shape[2] / whole[2])
     window, scale = None, 1.0
     if transform.variety.scale_jitter:
         short_side = transform.short_sides[-1]
@@ -164,7 +165,8 @@ def vary(
     image, boxes = _resize(image, boxes, tuple(max(1, round(side * scale)) for side in size))
     image, boxes = flip(image, boxes, transpose, vertical, horizontal)
     if window: image, boxes, labels = crop_or_pad(image, boxes, labels, window)
-    return v2.RandomPhotometricDistort(p=transform.variety.photometric)(image), boxes, labels
+    if p := transform.variety.photometric: image = v2.RandomPhotometricDistort(p=p)(image)
+    return image, boxes, labels
 
 # %% ../../nbs/24_data.transforms.ipynb #c3a10012
 def make_mosaic(
@@ -201,5 +203,5 @@ class EvalTransform:
     def __call__(self, image: Image.Image, target: dict) -> tuple[tv_tensors.Image, dict]:
         "Resize an image and its boxes for evaluation."
         size = resized_size(*target["size"], self.short_side, self.max_side)
-        image, boxes = _resize(image, target["boxes"], size)
+        image, boxes = _resize(tv_tensors.Image(as_pixels(image)), target["boxes"], size)
         return image, {**target, "boxes": boxes}

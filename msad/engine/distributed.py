@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ..models.slimmable import SwitchableBatchNorm2d
 from ..models.targets import Targets
 from ..models.timm_backbone import TimmBackbone, import_timm
-from ..models.transform import InputTransform
 
 # %% ../../nbs/30_engine.distributed.ipynb #0b99a75a
 def rank() -> int:
@@ -48,6 +47,7 @@ def num_processes(
 ) -> int:
     "Return the number of processes that `devices` asks for on a machine; the launcher's, if it started this one."
     if is_launched(): return int(os.environ["LOCAL_WORLD_SIZE"])
+    if devices == "auto": return max(1, torch.cuda.device_count())
     return devices if isinstance(devices, int) else 1
 
 
@@ -141,11 +141,10 @@ def broadcast_buffers(
 
 # %% ../../nbs/30_engine.distributed.ipynb #5cd48624
 def common_size(
-    transform: InputTransform,
-    images: Sequence[Tensor],  # C×H×W, of this process
+    stack: Tensor,  # …×H×W, of this process
 ) -> tuple[int, int]:
     "Compute the height and width to pad to, the largest of all processes."
-    return tuple(all_reduce_max(side) for side in transform.batch_size(images))
+    return tuple(all_reduce_max(side) for side in stack.shape[-2:])
 
 
 def share_normalizers(

@@ -140,7 +140,7 @@ def make_optimizer(
     others = [p for p in trained if id(p) not in affine_ids]
     affine = [p for p in trained if id(p) in affine_ids]
     groups = [{"params": others, "weight_decay": recipe.weight_decay}, {"params": affine, "weight_decay": 0.0}]
-    if recipe.optimizer == "sgd": return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    if recipe.optimizer == "sgd": return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=True)
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
 # %% ../../nbs/32_engine.recipe.ipynb #cdd9f06c

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUTOCAST', 'LOG_EVERY', 'CANNOT_GO_ON', 'set_training', 'make_scaler', 'make_transform', 'LossModule', 'make_replica',
-           'to_device', 'divide', 'train_step', 'Step', 'read_losses', 'check_finite', 'Trainer', 'peak_memory',
-           'ProgressBar', 'resume', 'log_steps', 'save', 'next_batch', 'evaluation_due', 'run_evaluation',
+           'divide', 'train_step', 'Step', 'read_losses', 'check_finite', 'Trainer', 'peak_memory', 'ProgressBar',
+           'loader_options', 'resume', 'log_steps', 'save', 'next_batch', 'evaluation_due', 'run_evaluation',
            'out_of_patience', 'update_average', 'training_loop', 'after_step', 'seconds_per_step']
 
 # %% ../../nbs/37_engine.trainer.ipynb #6fdf5aac
@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -45,9 +47,10 @@ from msad.engine.distributed import (
 from .hooks import Hook, Training, read_log
 from .recipe import Recipe, ema_decay_at, loss_weights_at, lr_at, make_optimizer
 from .signals import StopRequest
+from ..models.batch import Batch, make_batch
 from ..models.distillation import trained_module
 from ..models.sandwich import Sandwich
-from ..models.targets import Targets, assign_targets, batch_locations
+from ..models.targets import Targets, assign_boxes, batch_locations
 
 # %% ../../nbs/37_engine.trainer.ipynb #560fef46
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -105,32 +108,19 @@ def make_replica(
     return wrap_distributed(LossModule(model), trained.head if recipe.batch_norm == "fixed" else trained)
 
 # %% ../../nbs/37_engine.trainer.ipynb #2cf0de4e
-def to_device(
-    images: list[Tensor],
-    targets: list[dict],
-    device: torch.device,
-) -> tuple[list[Tensor], list[dict]]:
-    "Send a batch to `device`; a GPU takes it while the CPU goes on."
-    if device.type != "cuda": return images, targets
-
-    def sent(tensor):
-        return tensor.pin_memory().to(device, non_blocking=True)
-
-    return [sent(image) for image in images], [{k: sent(t[k]) for k in ("boxes", "labels")} for t in targets]
-
-
 def divide(
-    model: nn.Module,
-    images: list[Tensor],
-    targets: list[dict],
+    batch: Batch,  # this process's share, on its device
+    num_levels: int,  # of the pyramid
     accumulate: int,  # number of parts
-) -> list[tuple[list[Tensor], Targets, tuple[int, int]]]:  # images, their targets, the size to pad them to
+) -> list[tuple[Batch, Targets]]:  # of one size in all processes
     "Divide a batch into parts, with targets that have the normalisers of all parts in all processes."
-    size = common_size(model.transform, images)
-    locations = batch_locations(model.transform.mean.new_empty(0, 3, *size), model.num_levels)
-    parts = [slice(part, None, accumulate) for part in range(accumulate)]
-    assigned = share_normalizers([assign_targets(locations, targets[part]) for part in parts])
-    return [(images[part], target, size) for part, target in zip(parts, assigned, strict=True)]
+    height, width = common_size(batch.images)
+    missing = width - batch.images.shape[3], height - batch.images.shape[2]
+    if any(missing): batch = batch._replace(images=F.pad(batch.images, (0, missing[0], 0, missing[1])))
+    locations = batch_locations(batch.images, num_levels)
+    parts = [batch.part(number, accumulate) for number in range(accumulate)]
+    targets = share_normalizers([assign_boxes(locations, part.boxes, part.labels) for part in parts])
+    return list(zip(parts, targets, strict=True))
 
 # %% ../../nbs/37_engine.trainer.ipynb #47f5365a
 def train_step(
@@ -139,8 +129,7 @@ def train_step(
     scaler: torch.amp.GradScaler,
     recipe: Recipe,
     iteration: int,  # from 0
-    images: list[Tensor],  # C×H×W uint8, this process's share of the batch
-    targets: list[dict],
+    batch: Batch,  # this process's share
     accumulate: int = 1,  # parts that the share is learned from
     replica: nn.Module | None = None,  # from `make_replica`; none: made here, for one process
 ) -> dict[str, Tensor]:  # each loss, weighted, of the whole batch; scalars without gradient, on the device
@@ -150,12 +139,12 @@ def train_step(
     weights = loss_weights_at(recipe, iteration)
     if isinstance(model, Sandwich): model.iteration = iteration
     optimizer.zero_grad(set_to_none=True)
-    parts = divide(model, *to_device(images, targets, device), accumulate)
-    for number, (part, part_targets, size) in enumerate(parts, 1):
+    parts = divide(batch.to(device), model.num_levels, accumulate)
+    for number, (part, targets) in enumerate(parts, 1):
         alone = number < accumulate and isinstance(replica, DistributedDataParallel)  # only the last part is exchanged
         with replica.no_sync() if alone else nullcontext():
             with torch.autocast(device.type, AUTOCAST.get(recipe.precision), enabled=recipe.precision in AUTOCAST):
-                losses = replica(model.transform(part, size=size), part_targets)
+                losses = replica(model.transform.normalize(part.images, part.sizes), targets)
             losses = {name: weights.get(name, 1.0) * loss for name, loss in losses.items()}
             scaler.scale(sum(losses.values()) / accumulate).backward()
         values += torch.stack(list(losses.values())).detach() / accumulate
@@ -287,6 +276,16 @@ class ProgressBar(Hook):
         self.bar.close()
 
 # %% ../../nbs/37_engine.trainer.ipynb #7fda5e90
+def loader_options(
+    model: nn.Module,  # a detector or a distillation, on its device
+    recipe: Recipe,
+) -> dict[str, object]:
+    "Tell `train_loader` what this process needs."
+    collate, on_gpu = partial(make_batch, multiple=model.transform.pad), model.transform.mean.is_cuda
+    share = dict(rank=rank(), world_size=world_size(), empty_images=recipe.empty_images)
+    return dict(share, collate=collate, pin_memory=on_gpu)
+
+
 def resume(
     trainer: Trainer,
 ) -> None:
@@ -299,8 +298,8 @@ def resume(
             f"out: the processes found checkpoints of iterations {found} in {trainer.folder}; they need one disk"
         )
     trainer.iteration, recipe = done, trainer.recipe
-    share = dict(rank=rank(), world_size=world_size(), empty_images=recipe.empty_images)
-    loader = train_loader(trainer.images, trainer.transform, recipe.batch_size, done, trainer.workers, **share)
+    options = loader_options(trainer.model, recipe)
+    loader = train_loader(trainer.images, trainer.transform, recipe.batch_size, done, trainer.workers, **options)
     trainer.batches = batches(loader)
     rows = all_gather(read_log(trainer.folder, "evaluations.jsonl"))[0]
     earlier = [row for row in rows if row["iteration"] <= done]
@@ -337,7 +336,7 @@ CANNOT_GO_ON = 1  # the reason of a process that has no next batch; signals have
 
 def next_batch(
     trainer: Trainer,
-) -> tuple[list[Tensor], list[dict]]:
+) -> Batch:
     "Load the next batch; where a process cannot go on, save and leave."
     started, problem = time.perf_counter(), None
     try:
@@ -420,14 +419,15 @@ def training_loop(
                 impatient = out_of_patience(trainer.history, trainer.recipe.patience)
                 if impatient or trainer.iteration >= trainer.recipe.iterations: return trainer.metrics
                 started = time.perf_counter()
-                images, targets = next_batch(trainer)
+                batch = next_batch(trainer)
                 trainer.call("before_step")
-                trainer.losses = train_step(
-                    trainer.model, trainer.optimizer, trainer.scaler, trainer.recipe, trainer.iteration, images,
-                    targets, trainer.accumulate, trainer.replica,
-                )
+                state = trainer.model, trainer.optimizer, trainer.scaler, trainer.recipe, trainer.iteration
+                trainer.losses = train_step(*state, batch, trainer.accumulate, trainer.replica)
                 trainer.iteration += 1
-                after_step(trainer, started, [target["image_id"] for target in targets])
+                after_step(trainer, started, batch.image_ids)
+    except torch.OutOfMemoryError:
+        if trainer.iteration: save(trainer)
+        raise
     finally:
         trainer.call("after_training")
 
@@ -456,14 +456,14 @@ def seconds_per_step(
     replica = make_replica(trial, recipe)
     state = make_optimizer(recipe, trial), make_scaler(recipe, next(trial.parameters()).device)
     average = copy.deepcopy(trained_module(trial)) if recipe.ema else None
-    shares = dict(rank=rank(), world_size=world_size(), empty_images=recipe.empty_images)
-    loader = batches(train_loader(images, transform, recipe.batch_size, workers=workers, **shares))
+    options = loader_options(trial, recipe)
+    loader = batches(train_loader(images, transform, recipe.batch_size, workers=workers, **options))
     seconds = []
     while len(seconds) < 6 and (len(seconds) < 3 or all_gather(sum(seconds[1:]))[0] < 10):  # all processes alike
         started, batch = time.perf_counter(), next(loader)
         iteration = len(seconds)
-        [losses] = read_losses([train_step(trial, *state, recipe, iteration, *batch, accumulate, replica)])
-        check_finite(losses, iteration + 1, [target["image_id"] for target in batch[1]])
+        [losses] = read_losses([train_step(trial, *state, recipe, iteration, batch, accumulate, replica)])
+        check_finite(losses, iteration + 1, batch.image_ids)
         if average: update_average(average, trial, ema_decay_at(recipe, iteration))
         seconds.append(time.perf_counter() - started)
     return sum(seconds[1:]) / len(seconds[1:])

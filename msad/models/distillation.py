@@ -38,10 +38,9 @@ class PairTransform(InputTransform):
         super().__init__(first.normalization, first.pad)
         self.second = second
 
-    def forward(self, images: Sequence[Tensor], view: str = "high", size: tuple[int, int] | None = None) -> Tensor:
-        "Make a batch of height and width `size`; none: of `batch_size`."
-        size = size or self.batch_size(images, view)
-        return torch.cat([super().forward(images, view, size), self.second(images, view, size)], dim=1)
+    def normalize(self, stack: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        "Normalise stacked images for both."
+        return torch.cat([super().normalize(stack, sizes), self.second.normalize(stack, sizes)], dim=1)
 
 
 def shared_transform(first: InputTransform, second: InputTransform) -> InputTransform:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RADIUS', 'STRIDES', 'level_strides', 'level_ranges', 'Locations', 'make_locations', 'batch_locations', 'pad_boxes',
-           'match_boxes', 'Targets', 'centerness_of', 'assign_targets', 'HeadOutputs', 'flatten_levels', 'decode_boxes']
+           'match_boxes', 'Targets', 'centerness_of', 'assign_boxes', 'assign_targets', 'HeadOutputs', 'flatten_levels',
+           'decode_boxes']
 
 # %% ../../nbs/07_models.targets.ipynb #76f007ee
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -78,13 +80,11 @@ def batch_locations(
 
 # %% ../../nbs/07_models.targets.ipynb #80773d04
 def pad_boxes(
-    targets: Sequence[dict[str, Tensor]],  # `boxes` (M×4), `labels` (M)
-    device: torch.device,
+    targets: Sequence[dict[str, Tensor]],  # `boxes` (M×4, xyxy), `labels` (M)
 ) -> tuple[Tensor, Tensor]:  # boxes (N×M'×4), labels (N×M')
-    "Stack the boxes of a batch. An empty box of label −1 goes first and keeps images without boxes in shape."
-    empty, background = torch.zeros(1, 4, device=device), torch.full((1,), -1, device=device)
-    boxes = [torch.cat([empty, target["boxes"].to(device).float()]) for target in targets]
-    labels = [torch.cat([background, target["labels"].to(device)]) for target in targets]
+    "Stack the boxes of a batch, with empty ones of label −1 behind them: at least one, for images without boxes."
+    boxes = [F.pad(target["boxes"].as_subclass(Tensor).float(), (0, 0, 0, 1)) for target in targets]
+    labels = [F.pad(target["labels"], (0, 1), value=-1) for target in targets]
     return pad_sequence(boxes, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=-1)
 
 
@@ -129,12 +129,12 @@ def centerness_of(
     return torch.sqrt(horizontal * vertical)
 
 # %% ../../nbs/07_models.targets.ipynb #b495b49a
-def assign_targets(
+def assign_boxes(
     locations: Locations,
-    targets: Sequence[dict[str, Tensor]],  # `boxes` (M×4, xyxy, pixels of the high view), `labels` (M)
+    boxes: Tensor,  # N×M×4, xyxy, pixels of the high view
+    labels: Tensor,  # N×M, −1 behind the last box of an image
 ) -> Targets:
     "Assign boxes to locations with centre sampling (Tian et al., ICCV 2019; centre region of 1.5 strides)."
-    boxes, labels = pad_boxes(targets, locations.points.device)
     x0, y0, x1, y1 = boxes[:, None].unbind(-1)
     area, chosen = torch.where(match_boxes(locations, boxes), (x1 - x0) * (y1 - y0), torch.inf).min(dim=2)
     positive = area < torch.inf
@@ -149,6 +149,14 @@ def assign_targets(
         num_positives=positive.sum(dtype=torch.float64).clamp(min=1),
         centerness_sum=centerness.sum(dtype=torch.float64).clamp(min=1e-6),
     )
+
+
+def assign_targets(
+    locations: Locations,
+    targets: Sequence[dict[str, Tensor]],  # `boxes` (M×4, xyxy, pixels of the high view), `labels` (M)
+) -> Targets:  # on the device of the locations
+    "Assign the boxes of each image to locations, see `assign_boxes`."
+    return assign_boxes(locations, *(tensor.to(locations.points.device) for tensor in pad_boxes(targets)))
 
 # %% ../../nbs/07_models.targets.ipynb #2b448ff5
 class HeadOutputs(NamedTuple):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MIN_BOXES', 'PIXELS', 'MIN_CELLS', 'MAX_LOST', 'PUBLISHED_IMAGES', 'PUBLISHED_SEEN', 'POWER', 'BATCH', 'LR',
            'RESERVE', 'Choice', 'smallest_class', 'choose_short_side', 'choose_stride', 'auto_model', 'images_to_show',
-           'auto_recipe', 'auto_intervals', 'Seconds', 'measure', 'iterations_in']
+           'choose_precision', 'auto_recipe', 'auto_intervals', 'Seconds', 'trial_model', 'measure', 'memory_cure',
+           'iterations_in']
 
 # %% ../../nbs/61_runs.auto.ipynb #f9741558
 import time
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..data.annotations import usable_boxes
 from ..data.images import CocoImages, subsample
@@ -22,6 +24,7 @@ from ..engine.grid import grid_fit
 from ..engine.recipe import Recipe
 from ..engine.trainer import make_transform, seconds_per_step
 from ..models.detector import NUM_LEVELS, ModelConfig, build_model, scaled_max_side
+from ..models.distillation import trained_module
 from ..models.sandwich import learning_model
 
 # %% ../../nbs/61_runs.auto.ipynb #7b438922
@@ -107,6 +110,19 @@ def images_to_show(
     "Compute how many images a training shows, repetitions counted."
     return round(PUBLISHED_SEEN * (count / PUBLISHED_IMAGES) ** POWER)
 
+# %% ../../nbs/61_runs.auto.ipynb #61b00002
+def choose_precision(
+    device: str,  # "cpu" or "cuda"
+) -> Choice:
+    "Choose the precision of the network."
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False): return Choice("bf16", "the GPU has it in hardware")
+        return Choice("fp16", "the GPU has no bf16 in hardware")
+    able = torch.cpu.get_capabilities()
+    kinds = [kind for kind in ("amx_bf16", "avx512_bf16") if able.get(kind)]
+    if kinds: return Choice("bf16", f"the processor has it in hardware ({kinds[0]})")
+    return Choice("fp32", "the processor has no other in hardware")
+
 # %% ../../nbs/61_runs.auto.ipynb #8c189134
 BATCH = {"cpu": 8, "cuda": 16}
 LR = 2e-3  # of AdamW, from nothing, for batches of 8
@@ -154,6 +170,12 @@ class Seconds(NamedTuple):
     image: float  # a photograph in an evaluation
 
 
+def trial_model(config: ModelConfig, teacher: ModelConfig | None, recipe: Recipe, device: torch.device) -> nn.Module:
+    "Build a model with weights from nothing, to measure what it takes."
+    model = learning_model(build_model(config), build_model(teacher) if teacher else None, recipe.alpha)
+    return model.to(device, memory_format=torch.channels_last)
+
+
 def measure(
     config: ModelConfig,
     teacher: ModelConfig | None,  # of a student that learns from one
@@ -166,16 +188,35 @@ def measure(
 ) -> Seconds:
     "Measure how long the parts of a run take, with weights from nothing."
     size = config.short_side, config.max_side
-    detector = build_model(config)
-    model = learning_model(detector, build_model(teacher) if teacher else None, recipe.alpha)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = trial_model(config, teacher, recipe, device)
     step = seconds_per_step(model, recipe, images, make_transform(recipe, size, images), workers, accumulate)
-    times = [time.perf_counter()]
+    detector, times = trained_module(model).eval(), [time.perf_counter()]
     with torch.no_grad():
         for batch, _ in eval_loader(subsample(val_images, 5), EvalTransform(*size)):
-            detector.eval()([image.to(device) for image in batch])
+            for found in detector(batch): found["scores"].tolist()
             times.append(time.perf_counter())
     return Seconds(step, float(np.median(np.diff(times))))
+
+# %% ../../nbs/61_runs.auto.ipynb #61b00005
+def memory_cure(
+    config: ModelConfig,
+    teacher: ModelConfig | None,  # of a student that learns from one
+    recipe: Recipe,  # of this process's share of a batch
+    images: CocoImages,  # to learn from
+    device: torch.device,
+    accumulate: int = 1,  # parts that are too large
+) -> str:
+    "Say that a batch is too large for the memory, with the number of parts that are not."
+    batch, transform = recipe.batch_size, make_transform(recipe, (config.short_side, config.max_side), images)
+    lack = f"the memory is too short to learn from {batch // accumulate} images at once"
+    for parts in range(accumulate + 1, batch + 1):
+        if batch % parts: continue
+        torch.cuda.empty_cache()
+        model = trial_model(config, teacher, recipe, device)
+        try: seconds_per_step(model, recipe, images, transform, accumulate=parts)
+        except torch.OutOfMemoryError: continue
+        return f"accumulate is {accumulate} and {lack}: {parts} is enough"
+    return f"{lack}, and for one at a time as well: choose a smaller short_side, width or neck_channels"
 
 # %% ../../nbs/61_runs.auto.ipynb #c3a50002
 RESERVE = 20  # seconds to begin and to end

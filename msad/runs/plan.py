@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODEL_DEFAULTS', 'COCO_SIZE', 'TEACHER_SHARE', 'SHARED', 'read_defaults', 'settle_backbone', 'has_backbone_of',
            'own_weights', 'check_default_teacher', 'model_config', 'check_fit', 'recipe_name', 'base_recipe',
-           'count_empty', 'resolve_recipe', 'Plan', 'count_processes', 'images_per_norm', 'intervals',
+           'count_empty', 'resolve_recipe', 'Plan', 'even_devices', 'count_processes', 'images_per_norm', 'intervals',
            'describe_intervals', 'describe_devices', 'notes', 'describe_reasons', 'describe_head', 'describe_width',
            'describe', 'choose_model', 'given_reasons', 'own_minutes', 'begun_with', 'fit_minutes', 'content_of',
            'other_data', 'find_teacher', 'read_images', 'leave_out_classes', 'check_box_sides', 'find_oddities',
@@ -35,7 +35,16 @@ from ..engine.weights import Weights, load_model, load_weights, pretrained_weigh
 from ..models.backbone import backbone_family, knows_imagenet
 from ..models.detector import BUILT_ALIKE, ModelConfig, build_model, scaled_max_side
 from ..models.slimmable import width_index
-from .auto import Choice, auto_intervals, auto_model, auto_recipe, iterations_in, measure
+from msad.runs.auto import (
+    Choice,
+    auto_intervals,
+    auto_model,
+    auto_recipe,
+    choose_precision,
+    iterations_in,
+    measure,
+    memory_cure,
+)
 from msad.runs.folders import (
     change_text,
     changed_content,
@@ -190,7 +199,12 @@ def base_recipe(
     else:
         recipe, reasons = auto_recipe(images, resolve_device(settings.devices).type, from_nothing)
     names = {field.name for field in fields(Recipe)} & set(defaults)
-    return replace(recipe, **{name: defaults[name] for name in names}), reasons
+    recipe, device = replace(recipe, **{name: defaults[name] for name in names}), resolve_device(settings.devices).type
+    on_gpu = name == "auto" and device == "cuda"
+    if settings.precision == "auto" or (on_gpu and not settings.precision):
+        precision, reasons["precision"] = choose_precision(device)
+        recipe = replace(recipe, precision=precision)
+    return recipe, reasons
 
 
 def count_empty(images: CocoImages) -> int:
@@ -257,6 +271,17 @@ class Plan:
     def __str__(self) -> str: return "\n".join(describe(self))
 
 # %% ../../nbs/63_runs.plan.ipynb #af12efc9
+def even_devices(
+    settings: TrainSettings,
+    batch_size: int,
+) -> int | str:
+    "Choose how many GPUs work together where all are asked for: the most that can share a batch evenly."
+    cards = torch.cuda.device_count() if settings.devices == "auto" and not is_launched() else 0
+    for number in range(cards, 1, -1):
+        if batch_size % (number * settings.nnodes * settings.accumulate) == 0: return number
+    return 1 if cards else settings.devices
+
+
 def count_processes(settings: TrainSettings) -> int:
     "Count the processes of a run on all machines."
     return int(os.environ["WORLD_SIZE"]) if is_launched() else num_processes(settings.devices) * settings.nnodes
@@ -330,7 +355,8 @@ def describe_reasons(plan: Plan) -> list[str]:
     "List what follows from the data, each value with its reason."
     if not plan.reasons: return []
     values = {**vars(plan.config), **vars(plan.recipe)}
-    lines = [f"  {name} {values[name]:g}: {reason}" for name, reason in plan.reasons.items()]
+    shown = {name: values[name] if isinstance(values[name], str) else f"{values[name]:g}" for name in plan.reasons}
+    lines = [f"  {name} {shown[name]}: {reason}" for name, reason in plan.reasons.items()]
     return ["what follows from the data and the device (a parameter of that name changes it):", *lines]
 
 # %% ../../nbs/63_runs.plan.ipynb #c3a50005
@@ -394,7 +420,7 @@ def given_reasons(
     reasons: dict[str, str],  # by name of the field
 ) -> dict[str, str]:
     "Leave out the reasons of what was given."
-    given = {name for name in reasons if name in defaults or getattr(settings, name) is not None}
+    given = {name for name in reasons if name in defaults or getattr(settings, name) not in (None, "auto")}
     if settings.epochs: given.add("iterations")
     return {name: reason for name, reason in reasons.items() if name not in given}
 
@@ -430,8 +456,10 @@ def fit_minutes(
         minutes, parts = own_minutes(plan), plan.processes if device.type == "cuda" else settings.nnodes
         if spent: minutes = max(settings.minutes - spent, minutes / 2)
         share = replace(recipe, batch_size=max(1, recipe.batch_size // parts))
-        machine = device, settings.workers, settings.accumulate
-        seconds = measure(plan.config, teacher, share, plan.images, plan.val_images, *machine)
+        machine, learned = (device, settings.workers, settings.accumulate), plan.images
+        try: seconds = measure(plan.config, teacher, share, learned, plan.val_images, *machine)
+        except torch.OutOfMemoryError: seconds = None  # only behind this block are its tensors gone
+        if not seconds: raise ValueError(memory_cure(plan.config, teacher, share, learned, device, settings.accumulate))
         if plan.config.all_widths:  # the others are evaluated at the end
             others = len(backbone_family(plan.config.backbone).widths) - 1
             minutes = max(minutes / 2, minutes - others * len(plan.val_images) * seconds.image / 60)
@@ -623,9 +651,10 @@ def prepare(
     oddities = (*left_out, *find_oddities(images, val_images, config))
     with torch.device("meta"): model = build_model(config)
     if weights: load_weights(model.to_empty(device="cpu"), weights)
-    processes = count_processes(settings)
     from_nothing = weights is None and not has_backbone_of(settings, teacher_config)
     base, why = base_recipe(settings, defaults, images, from_nothing)
+    settings = replace(settings, devices=even_devices(settings, settings.batch_size or base.batch_size))
+    processes = count_processes(settings)
     why = {name: choice.reason for name, choice in chosen.items()} | given_reasons(settings, defaults, why)
     plan = Plan(
         settings, config, resolve_recipe(settings, base, images, processes), images, val_images, summaries,

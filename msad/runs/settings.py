@@ -50,7 +50,7 @@ class RecipeSettings:
     iou_crop: float | None = None  # part of the samples that are cropped around some objects
     mosaic: float | None = None  # part of the samples that are put together from four photographs
     mosaic_until: float | None = None  # part of the run after which there are no mosaics
-    precision: str | None = None  # of the network: "fp32", "bf16" or "fp16"
+    precision: str | None = None  # of the network: "fp32", "bf16", "fp16", or "auto" (what the device has in hardware)
     batch_norm: str | None = None  # "trained", or "fixed": its statistics stay those of the initial weights
     max_grad_norm: float | None = None  # gradients are scaled down to this norm at most; 0: never
     ema: float | None = None  # part of the run that a moving average of the weights reaches back over; 0: none
@@ -61,14 +61,15 @@ class RecipeSettings:
     def recipe_changes(self) -> dict:
         "Select the fields of a recipe that are given."
         given = {field.name: getattr(self, field.name) for field in fields(Recipe)}
-        return {name: value for name, value in given.items() if value is not None}
+        free = {name for name, value in given.items() if value is None or (name, value) == ("precision", "auto")}
+        return {name: value for name, value in given.items() if name not in free}
 
 # %% ../../nbs/62_runs.settings.ipynb #1ec929bf
 @dataclass(frozen=True, kw_only=True)
 class MachineSettings:
     "Where a run runs."
 
-    devices: int | str = "auto"  # "auto" (a GPU if there is one), "cpu", or the number of GPUs (or processes)
+    devices: int | str = "auto"  # "auto" (all GPUs, else the processor), "cpu", or the number of GPUs (or processes)
     accumulate: int = 1  # parts in which a process learns from its share of a batch, where memory is short
     workers: int = 2  # processes that load images, for each that trains
     nnodes: int = 1  # machines that work together, all with the run folder and the data under the same paths

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['differing_parts', 'initial_model', 'Validation', 'is_best', 'BestModel', 'Pictures', 'duration', 'print_estimate',
-           'make_trainer', 'go_back_to_best', 'evaluate_widths', 'train_here', 'run', 'train', 'main']
+           'make_trainer', 'go_back_to_best', 'evaluate_widths', 'too_little_memory', 'train_here', 'run', 'train',
+           'main']
 
 # %% ../../nbs/64_runs.train.ipynb #56d7a917
 import argparse
@@ -41,6 +42,7 @@ from ..evaluation.pictures import save_figure
 from ..models.backbone import backbone_family
 from ..models.detector import BUILT_ALIKE, ModelConfig, build_model, set_detector_width, student_of
 from ..models.sandwich import learning_model
+from .auto import memory_cure
 from .folders import display_path, lock_run_folder
 from .plan import Plan, fit_minutes, intervals, plan_state, prepare
 from .settings import TrainSettings, read_settings_file, settings_dict
@@ -184,6 +186,19 @@ def evaluate_widths(
     return {"widths": found}
 
 # %% ../../nbs/64_runs.train.ipynb #5b110003
+def too_little_memory(plan: Plan) -> str:
+    "Say that a batch is too large for the memory, with the cure."
+    settings, share = plan.settings, plan.recipe.batch_size // plan.processes
+    if plan.processes > 1:  # the others wait for this one, so nothing can be tried
+        return (
+            f"accumulate is {settings.accumulate} and the memory is too short to learn from "
+            f"{share // settings.accumulate} images at once: try {2 * settings.accumulate}"
+        )
+    teacher = load_model(plan.teacher).config if plan.teacher else None
+    machine = resolve_device(settings.devices), settings.accumulate
+    return memory_cure(plan.config, teacher, plan.recipe, plan.images, *machine)
+
+
 def train_here(plan: Plan) -> None:
     "Do this process's part of a training; a finished run stays as it is."
     settings, folder = plan.settings, plan.settings.folder
@@ -195,8 +210,9 @@ def train_here(plan: Plan) -> None:
             write_json(folder / "train.json", settings_dict(settings) | chosen)
             # Of a run that is made longer; until that is done it is not a finished one.
             (folder / "metrics.json").unlink(missing_ok=True)
-        trainer = make_trainer(plan)
-        trainer.fit()
+        try: (trainer := make_trainer(plan)).fit()
+        except torch.OutOfMemoryError: trainer = None  # only behind this block are its tensors gone
+        if not trainer: raise ValueError(too_little_memory(plan))
         done = go_back_to_best(trainer) | evaluate_widths(trainer)
         if rank() == 0:
             save_model(folder / "model_final.pth", trainer.result)
