@@ -9,10 +9,10 @@ PAPERMILL := $(BIN)/papermill --no-progress-bar --stdout-file - --stderr-file -
 LONGEST := tests/test_processes.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
-.PHONY: help install demo models ablation check test slow lab lint notebooks clean
+.PHONY: help install demo models ablation check test slow gpu-check lab lint notebooks clean
 
 help:  ## list the commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/:/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/:/'
 
 install: .venv/installed  ## make .venv and install everything that notebooks and tests need
 
@@ -54,6 +54,9 @@ test: install lint  ## everything: package and notebooks agree, notebooks are cl
 
 slow: install  ## the slow tests alone: real runs, several processes, notebooks through papermill
 	$(PYTEST) -m slow $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
+
+gpu-check: install  ## right, fast and fed on a GPU: a table, and results/gpu.json (8 minutes at most)
+	$(BIN)/python tests/on_gpu.py
 
 lint: install  ## style of package, tests and notebooks; names and calls of the package
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@
 __all__ = ['HELD_OUT', 'BETWEEN', 'SAMPLES', 'AblationSettings', 'common_settings', 'recipe_of', 'config_of', 'list_runs',
            'check_ablation', 'write_held_out', 'prepare_data', 'run_folder', 'initial_model', 'train_variant',
            'results_file', 'read_results', 'check_content', 'add_result', 'missing_runs', 'progress_text',
-           'run_ablation', 'try_run']
+           'expected_minutes', 'run_ablation', 'read_both', 'do_runs', 'try_run']
 
 # %% ../../nbs/87_experiments.ablation.ipynb #8b1cec11
 import json
@@ -31,6 +31,7 @@ from ..engine.trainer import ProgressBar, Trainer
 from ..engine.weights import read_file, save_file, save_model
 from ..evaluation.bootstrap import bootstrap
 from ..evaluation.evaluator import evaluate_model, write_evaluation
+from .jobs import end_of, side_by_side, time_left
 from .synthetic import write_synthetic
 from .variants import MAIN, VARIANTS, CorrelatedDistillation, compose
 from ..models.detector import ROLES, ModelConfig, scaled_max_side
@@ -73,6 +74,8 @@ class AblationSettings:
     out: str | None = None  # folder of the runs; none: runs/DATA/ablation under the repository
     results: str | None = None  # file that collects the results; none: results/DATA.json in the repository
     devices: str = "auto"
+    jobs: int = 1  # processes that share the runs
+    budget: float | None = None  # minutes; a run that would not end within them is not begun; none: all runs
 
     def __post_init__(self):
         check_types(self)
@@ -81,7 +84,8 @@ class AblationSettings:
 # %% ../../nbs/87_experiments.ablation.ipynb #a0695a0b
 def common_settings(settings: AblationSettings) -> dict:
     "Select the settings that all runs have in common and that their metrics depend on."
-    own = ("seeds", "other_seeds", "variants", "alpha", "correlated_alpha", "out", "results", "devices")
+    machine = ("out", "results", "devices", "jobs", "budget")
+    own = ("seeds", "other_seeds", "variants", "alpha", "correlated_alpha", *machine)
     name = settings.data if settings.data in ("held-out", "synthetic") else data_name(settings.data)
     return {**{k: v for k, v in asdict(settings).items() if k not in own}, "data": name}
 
@@ -258,22 +262,40 @@ def progress_text(settings: AblationSettings) -> str:
     results = read_results(settings)
     todo = missing_runs(settings, results)
     text = f"{len(results)} runs are in {display_path(results_file(settings))}, {len(todo)} are to be done"
+    minutes = expected_minutes(settings, results, todo)
+    return f"{text}: about {minutes / 60:.1f} hours of one process" if minutes else text
+
+
+def expected_minutes(settings: AblationSettings, results: list[dict], runs: Sequence[tuple[str, int]]) -> float:
+    "Estimate from the results so far how long runs take; 0 where there are none."
     updates = {name: recipe_of(settings, name).iterations for name in VARIANTS}
-    done, left = sum(updates[row["variant"]] for row in results), sum(updates[name] for name, _ in todo)
-    if not done or not left: return text
-    return f"{text}: about {left / done * sum(row['minutes'] for row in results) / 60:.1f} hours of one process"
+    done, left = sum(updates[row["variant"]] for row in results), sum(updates[name] for name, _ in runs)
+    return left / done * sum(row["minutes"] for row in results) if done else 0.0
 
 # %% ../../nbs/87_experiments.ablation.ipynb #a2cbce85
 def run_ablation(settings: AblationSettings) -> list[dict]:  # see `read_results`
     "Train and evaluate all that is missing. Raises `FileNotFoundError` or `ValueError` with the parameter and cure."
-    data, splits = prepare_data(settings.data), (settings.train_split, settings.val_split)
-    images = [CocoImages(data, split) for split in splits]
+    images = read_both(settings)
     for part in images: check_images(part, training=part is images[0], decode=False)
     check_content(settings, content_of(*images))
-    while todo := missing_runs(settings, read_results(settings)):
-        free = [(name, seed) for name, seed in todo if (VARIANTS[name].parent, seed) not in todo]
-        if not any(try_run(settings, *run, *images) for run in free): time.sleep(5)
+    if settings.jobs > 1: side_by_side(do_runs, settings.jobs, settings, end_of(settings.budget))
+    else: do_runs(settings, end_of(settings.budget))
     return read_results(settings)
+
+
+def read_both(settings: AblationSettings) -> list[CocoImages]:
+    "Read the splits to learn from and to evaluate on."
+    return [CocoImages(prepare_data(settings.data), split) for split in (settings.train_split, settings.val_split)]
+
+
+def do_runs(settings: AblationSettings, ends: float | None) -> None:
+    "Do what is missing, run by run, as long as there is time for it."
+    images = read_both(settings)
+    while todo := missing_runs(settings, results := read_results(settings)):
+        free = [(name, seed) for name, seed in todo if (VARIANTS[name].parent, seed) not in todo]
+        free = [run for run in free if time_left(ends, expected_minutes(settings, results, [run]))]
+        if not free: return
+        if not any(try_run(settings, *run, *images) for run in free): time.sleep(5)
 
 
 def try_run(settings: AblationSettings, name: str, seed: int, images: CocoImages, val_images: CocoImages) -> bool:

@@ -6,7 +6,7 @@
 __all__ = ['BASE', 'RECIPES', 'SHAPES', 'EVERY_WIDTH', 'WIDTHS', 'TRIALS', 'Trial', 'unclipped', 'shape', 'width_trial',
            'TrialsSettings', 'Run', 'trial_folder', 'make_run', 'list_runs', 'read_rows', 'add_row', 'run_row',
            'processor', 'torchvision_step', 'train_torchvision', 'torchvision_metrics', 'do_torchvision', 'run_trials',
-           'mean_text', 'trials_table', 'timed_table']
+           'missing_runs', 'do_runs', 'try_run', 'mean_text', 'trials_table', 'timed_table']
 
 # %% ../../nbs/91_experiments.trials.ipynb #cbd7bdf4
 import itertools
@@ -33,6 +33,7 @@ from ..data.table import Table
 from ..data.transforms import EvalTransform, TrainTransform
 from ..engine.hooks import read_log
 from ..evaluation.coco_metrics import per_class_ap, run_coco_eval, summary_metrics, to_coco
+from .jobs import side_by_side
 from ..models.backbone import knows_imagenet
 from ..models.mobilenet import MOBILENET_WIDTHS
 from ..models.sizes import size_fields
@@ -139,6 +140,7 @@ class TrialsSettings:
     out: str | None = None  # folder of the runs; none: runs/DATA/trials under the repository
     results: str | None = None  # file that collects the results; none: results/DATA.json in the repository
     devices: str = "auto"
+    jobs: int = 1  # processes that share the runs
 
     def __post_init__(self):
         check_types(self)
@@ -297,16 +299,32 @@ def run_trials(
     settings: TrialsSettings,
 ) -> list[dict]:
     "Do all runs that are missing, and return the rows of all."
-    for run in list_runs(settings):
-        if any((row["name"], row["seed"]) == (run.name, run.seed) for row in read_rows(settings)): continue
-        try:
-            for part in (run.teacher, run.student): train(part)
-        except FolderInUse:
-            continue  # another process does it
-        if all((row["name"], row["seed"]) != (run.name, run.seed) for row in read_rows(settings)):
-            add_row(settings, run_row(run))
+    if settings.jobs > 1: side_by_side(do_runs, settings.jobs, settings)
+    else: do_runs(settings)
     do_torchvision(settings)
     return read_rows(settings)
+
+
+def missing_runs(settings: TrialsSettings) -> list[Run]:
+    "List the runs that are still to be done."
+    done = {(row["name"], row["seed"]) for row in read_rows(settings)}
+    return [run for run in list_runs(settings) if (run.name, run.seed) not in done]
+
+
+def do_runs(settings: TrialsSettings) -> None:
+    "Do what is missing, run by run."
+    while missing := missing_runs(settings):
+        if not any(try_run(settings, run) for run in missing): time.sleep(5)
+
+
+def try_run(settings: TrialsSettings, run: Run) -> bool:
+    "Do a run, unless it is done by now; return false when another process works on it."
+    try:
+        for part in (run.teacher, run.student): train(part)
+    except FolderInUse:
+        return False
+    if run in missing_runs(settings): add_row(settings, run_row(run))
+    return True
 
 # %% ../../nbs/91_experiments.trials.ipynb #006849e6
 def mean_text(values: Sequence[float]) -> str:

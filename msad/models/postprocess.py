@@ -115,7 +115,7 @@ def postprocess(
     found = suppress(top_candidates(outputs, score_thresh, topk_candidates), nms_thresh)
     image = found.image
     last = (begin_of_group(image) + detections_per_img - 1).clamp(max=len(image) - 1)  # that may stay of its image
-    corners = send(torch.tensor([(width, height) * 2 for height, width in image_sizes]), device)
+    corners = send(torch.tensor([(width, height) * 2 for height, width in image_sizes], device="cpu"), device)
     found = found._replace(boxes=torch.minimum(found.boxes.clamp(min=0), corners[image]))
     solid = (found.boxes[:, 2:] > found.boxes[:, :2]).all(dim=1)
     stays = ((image[last] != image) | (found.scores >= found.scores[last])) & solid
