@@ -18,10 +18,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from ..data.files import write_atomically
-from ..data.images import read_image, read_image_and_size, resized_size, upright_rgb
+from ..data.images import as_pixels, read_image, read_image_and_size, resize, resized_size, upright_rgb
 from .winograd import winograd_form
 from ..engine.trainer import AUTOCAST
 from ..engine.weights import load_model
@@ -167,7 +166,7 @@ def detect_photographs(
 ) -> list[dict[str, Tensor]]:  # for each `boxes` (M×4), `scores`, `labels`, on the CPU
     "Resize photographs to the detector's test size, detect objects, and scale the boxes back."
     resized = [resized_size(*size, model.config.short_side, model.config.max_side) for size in sizes]
-    views = [F.pil_to_tensor(F.resize(image, list(size))) for image, size in zip(photographs, resized, strict=True)]
+    views = [resize(as_pixels(image), size) for image, size in zip(photographs, resized, strict=True)]
     device = next(model.parameters()).device.type
     with torch.autocast(device, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
         detections = detect(model, [model.own_view(view) for view in views], model.view)
