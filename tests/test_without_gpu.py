@@ -4,11 +4,13 @@ is short, how cards share a batch.
 
 import itertools
 import json
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import write_coco
+from conftest import ROOT, write_coco
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -135,7 +137,7 @@ def test_images_of_an_inference_cost_no_operations_of_their_own():
 
 @pytest.mark.slow
 def test_compilation(tmp_path):
-    # Sizes change from batch to batch. One graph has to serve them all after the second.
+    # Sizes change from batch to batch, and few graphs have to serve them all.
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     graphs = []
@@ -146,7 +148,7 @@ def test_compilation(tmp_path):
 
     model = make_model("teacher", **SMALL)
     set_training(model, Recipe(2, 2, 0.01))
-    compiled = torch.compile(LossModule(model), backend=count)
+    compiled = torch.compile(LossModule(model), backend=count, dynamic=True)
     for height, width in itertools.product((64, 128, 192), (128, 192, 256)):
         batch = make_batch(2, (height, width))
         targets = assign_boxes(batch_locations(batch.images), batch.boxes, batch.labels)
@@ -154,6 +156,17 @@ def test_compilation(tmp_path):
     breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
     print(f"{breaks} graph breaks, {len(graphs)} graphs for nine sizes")
     assert breaks == 0 and len(graphs) <= 3
+
+
+@pytest.mark.slow
+def test_the_check_for_gpus_runs_here_in_small(tmp_path):
+    parts = ["waits", "precisions", "processes", "serving"]
+    command = [sys.executable, str(ROOT / "tests/on_gpu.py"), "--out", str(tmp_path / "gpu.json"), "--only", *parts]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(found["parts"]) == parts and found["torch"] == torch.__version__
+    assert all(part["holds"] for name, part in found["parts"].items() if name != "waits")
 
 
 # --- cards, precision, memory

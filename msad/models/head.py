@@ -39,8 +39,9 @@ class HalfGroupNorm(torch.autograd.Function):
         return (x * _on_maps(scale) + _on_maps(bias - mean * scale)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         "Compute the gradients of input, weight and bias."
+        (grad,) = grads
         x, weight, mean, rstd = ctx.saved_tensors
         (images, channels), count = x.shape[:2], x[0].numel() // ctx.groups
         of_bias = grad.sum(dim=(2, 3), dtype=mean.dtype)
