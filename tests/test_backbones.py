@@ -68,7 +68,8 @@ def test_from_the_first_step_to_the_evaluation(tmp_path, name, width, looks):
     before = {name: value.clone() for name, value in model.named_parameters()}
     set_training(model, recipe)
     target = dict(boxes=torch.tensor([[8.0, 8, 40, 40]]), labels=torch.tensor([1]), image_id=1)
-    batch = make_batch([(torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8), target)] * 2)
+    pictures = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    batch = make_batch([(picture, target) for picture in pictures])
     state = make_optimizer(recipe, model), make_scaler(recipe, torch.device("cpu"))
     losses = train_step(model, *state, recipe, 1, batch)
     assert all(loss.isfinite() for loss in losses.values())

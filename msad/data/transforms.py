@@ -131,13 +131,13 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image, target: dict, epoch: int) -> tuple[tv_tensors.Image, dict]:
         "Make the sample that the image gives in that epoch."
-        pixels = tv_tensors.Image(as_pixels(image))
         with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from PyTorch's generator
-            image, boxes, labels = vary(self, pixels, target, self.rng(epoch, target["image_id"]))
+            rng = self.rng(epoch, target["image_id"])
+            image, boxes, labels = vary(self, tv_tensors.Image(as_pixels(image)), target, rng)
         boxes = F.clamp_bounding_boxes(boxes)
         large = ((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(dim=1)
-        unchanged = {name: target[name] for name in ("image_id", "size")}
-        return image, {"boxes": tv_tensors.wrap(boxes[large], like=boxes), "labels": labels[large], **unchanged}
+        kept = {"boxes": tv_tensors.wrap(boxes[large], like=boxes), "labels": labels[large]}
+        return image, {**kept, "image_id": target["image_id"], "size": target["size"]}
 
 # %% ../../nbs/24_data.transforms.ipynb #c3a10008
 def vary(

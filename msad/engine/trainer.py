@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+# %% ../../nbs/37_engine.trainer.ipynb #37b00001
 from ..data.images import CocoImages
 from ..data.loaders import batches, train_loader, training_indices
 from ..data.transforms import TrainTransform, Variety
@@ -285,7 +286,7 @@ def loader_options(
     share = dict(rank=rank(), world_size=world_size(), empty_images=recipe.empty_images)
     return dict(share, collate=collate, pin_memory=on_gpu)
 
-
+# %% ../../nbs/37_engine.trainer.ipynb #37b00002
 def resume(
     trainer: Trainer,
 ) -> None:
@@ -405,10 +406,11 @@ def training_loop(
 ) -> dict | None:  # the metrics of the last evaluation
     """Train until `recipe.iterations` updates are done, or patience is, with checkpoints and evaluations on the way.
 
-    SIGTERM, SIGINT and an image that does not decode (its `ValueError` is raised) stop it after all updates so far are
-    saved. Anything else that stops it leaves the last checkpoint, from which it goes on. Raises a `FloatingPointError`
-    when a loss is not finite (as soon as it is read, and before it could get into a checkpoint), an `OSError` when the
-    disk does not take a file, and a `ValueError` when no checkpoint is sound or the processes find different ones.
+    SIGTERM, SIGINT, too little memory and an image that does not decode (whose errors are raised) stop it after all
+    updates so far are saved. Anything else that stops it leaves the last checkpoint, from which it goes on. Raises a
+    `FloatingPointError` when a loss is not finite (as soon as it is read, and before it could get into a checkpoint),
+    an `OSError` when the disk does not take a file, and a `ValueError` when no checkpoint is sound or the processes
+    find different ones.
     """
     resume(trainer)
     trainer.call("before_training")
@@ -416,8 +418,8 @@ def training_loop(
         with trainer.stop:
             while True:
                 if evaluation_due(trainer): run_evaluation(trainer)
-                impatient = out_of_patience(trainer.history, trainer.recipe.patience)
-                if impatient or trainer.iteration >= trainer.recipe.iterations: return trainer.metrics
+                if out_of_patience(trainer.history, trainer.recipe.patience): return trainer.metrics
+                if trainer.iteration >= trainer.recipe.iterations: return trainer.metrics
                 started = time.perf_counter()
                 batch = next_batch(trainer)
                 trainer.call("before_step")
@@ -431,7 +433,7 @@ def training_loop(
     finally:
         trainer.call("after_training")
 
-
+# %% ../../nbs/37_engine.trainer.ipynb #37b00003
 def after_step(trainer: Trainer, started: float, image_ids: list[int]) -> None:
     "Note the losses of a step, read them when it is time, and save when it is time."
     done, last, lr = trainer.iteration, trainer.recipe.iterations, trainer.optimizer.param_groups[0]["lr"]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BASE', 'RECIPES', 'SHAPES', 'EVERY_WIDTH', 'WIDTHS', 'TRIALS', 'Trial', 'unclipped', 'shape', 'width_trial',
-           'TrialsSettings', 'Run', 'trial_folder', 'make_run', 'list_runs', 'read_rows', 'add_row', 'run_row',
-           'processor', 'torchvision_step', 'train_torchvision', 'torchvision_metrics', 'do_torchvision', 'run_trials',
-           'missing_runs', 'do_runs', 'try_run', 'mean_text', 'trials_table', 'timed_table']
+           'TrialsSettings', 'check_names', 'Run', 'trial_folder', 'make_run', 'list_runs', 'read_rows', 'add_row',
+           'run_row', 'processor', 'torchvision_step', 'train_torchvision', 'torchvision_metrics', 'do_torchvision',
+           'run_trials', 'missing_runs', 'do_runs', 'try_run', 'mean_text', 'trials_table', 'timed_table']
 
 # %% ../../nbs/91_experiments.trials.ipynb #cbd7bdf4
 import itertools
@@ -144,10 +144,7 @@ class TrialsSettings:
 
     def __post_init__(self):
         check_types(self)
-        if unknown := set(self.trials or ()) - set(TRIALS):
-            raise ValueError(f"trials has {', '.join(map(str, unknown))}: choose from {', '.join(TRIALS)}")
-        if unknown := [size for size in self.sizes if not knows_imagenet(size_fields(size)["backbone"])]:
-            raise ValueError(f"sizes has {unknown[0]}: there are no ImageNet weights for it, so leave it out")
+        check_names(self)
 
     @property
     def folder(self) -> Path:
@@ -160,6 +157,14 @@ class TrialsSettings:
         if self.results: return Path(self.results).expanduser().resolve()
         runs = runs_folder(self.data)
         return runs.parents[1] / "results" / f"{runs.name}.json"
+
+# %% ../../nbs/91_experiments.trials.ipynb #91b00002
+def check_names(settings: TrialsSettings) -> None:
+    "Raise a `ValueError` that names a trial or a size that does not exist."
+    if unknown := set(settings.trials or ()) - set(TRIALS):
+        raise ValueError(f"trials has {', '.join(map(str, unknown))}: choose from {', '.join(TRIALS)}")
+    if unknown := [size for size in settings.sizes if not knows_imagenet(size_fields(size)["backbone"])]:
+        raise ValueError(f"sizes has {unknown[0]}: there are no ImageNet weights for it, so leave it out")
 
 # %% ../../nbs/91_experiments.trials.ipynb #d6560e66
 class Run(NamedTuple):
@@ -304,7 +309,7 @@ def run_trials(
     do_torchvision(settings)
     return read_rows(settings)
 
-
+# %% ../../nbs/91_experiments.trials.ipynb #91b00001
 def missing_runs(settings: TrialsSettings) -> list[Run]:
     "List the runs that are still to be done."
     done = {(row["name"], row["seed"]) for row in read_rows(settings)}

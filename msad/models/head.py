@@ -8,6 +8,7 @@ __all__ = ['GROUPS', 'NORMS', 'HalfGroupNorm', 'GroupNorm', 'LevelBatchNorm', 'T
 # %% ../../nbs/10_models.head.ipynb #312349ec
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from .postprocess import Thresholds, postprocess
 from .targets import HeadOutputs, Targets
 
 # %% ../../nbs/10_models.head.ipynb #10a00004
+def _on_maps(values: Tensor) -> Tensor: return values[:, :, None, None]
+
+
 class HalfGroupNorm(torch.autograd.Function):
     """GroupNorm (Wu and He, ECCV 2018) of maps of half precision.
 
@@ -26,7 +30,7 @@ class HalfGroupNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         "Normalise maps (N×C×H×W)."
         (images, channels), count = x.shape[:2], x[0].numel() // groups
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -39,7 +43,7 @@ class HalfGroupNorm(torch.autograd.Function):
         return (x * _on_maps(scale) + _on_maps(bias - mean * scale)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         "Compute the gradients of input, weight and bias."
         (grad,) = grads
         x, weight, mean, rstd = ctx.saved_tensors
@@ -52,11 +56,7 @@ class HalfGroupNorm(torch.autograd.Function):
         of_grad, of_x, constant = map(_on_maps, factors)
         return (grad * of_grad + x * of_x + constant).to(x.dtype), of_weight.sum(dim=0), of_bias.sum(dim=0), None, None
 
-
-def _on_maps(values: Tensor) -> Tensor:
-    return values[:, :, None, None]
-
-
+# %% ../../nbs/10_models.head.ipynb #10a00008
 class GroupNorm(nn.GroupNorm):
     "GroupNorm whose output has the precision of its input, in autocast too."
 

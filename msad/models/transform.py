@@ -67,9 +67,8 @@ class InputTransform(nn.Module):
     def padded_size(self, image: Tensor, view: str = "high") -> tuple[int, int]:
         "Compute height and width of an image with its padding."
         multiple = self.pad if view == "high" else self.pad // 2
-        height, width = image.shape[-2:]
-        # Not −(−height // multiple): of a quotient below 0 an exported graph would drop the fraction.
-        return tuple((side + multiple - 1) // multiple * multiple for side in (height, width))
+        # Not −(−side // multiple): of a quotient below 0 an exported graph would drop the fraction.
+        return tuple((side + multiple - 1) // multiple * multiple for side in image.shape[-2:])
 
     def batch_size(self, images: Sequence[Tensor], view: str = "high") -> tuple[int, int]:
         "Compute height and width of a batch: the largest of each, padded."
@@ -78,17 +77,17 @@ class InputTransform(nn.Module):
 
     def normalize(self, stack: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
         "Normalise stacked images (N×3×H×W, 0..255, on the device of this module) of these heights and widths."
-        batch = self.mean.new_empty(stack.shape)  # written in place: memory is what takes time here
-        torch.sub(stack.flip(1) if self.normalization.bgr else stack, self.mean, out=batch).div_(self.std)
+        if self.normalization.bgr: stack = stack.flip(1)
+        batch = torch.sub(stack, self.mean, out=self.mean.new_empty(stack.shape)).div_(self.std)
         for place, (height, width) in zip(batch, sizes, strict=True):
             if height < batch.shape[2]: place[:, height:] = 0
             if width < batch.shape[3]: place[:, :, width:] = 0
         return batch
 
-    def forward(self, images: Sequence[Tensor], view: str = "high", size: tuple[int, int] | None = None) -> Tensor:
-        "Make a batch (N×3×H×W) of height and width `size`; none: of `batch_size`."
-        stack = stack_images(images, size or self.batch_size(images, view))
-        return self.normalize(send(stack, self.mean.device), [image.shape[-2:] for image in images])
+    def forward(self, images: Sequence[Tensor], view: str = "high") -> Tensor:
+        "Make a batch (N×3×H×W) of height and width `batch_size`."
+        stack = send(stack_images(images, self.batch_size(images, view)), self.mean.device)
+        return self.normalize(stack, [image.shape[-2:] for image in images])
 
 # %% ../../nbs/03_models.transform.ipynb #259ebd47
 def check_images(

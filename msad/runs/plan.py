@@ -27,6 +27,8 @@ from ..data.layouts import SplitPath, read_splits, without_classes
 from ..data.loaders import training_indices
 from ..data.summary import check_images, content, shared_files, unused_classes
 from ..data.transforms import TrainTransform
+
+# %% ../../nbs/63_runs.plan.ipynb #63b00001
 from ..engine.distributed import is_launched, num_processes, resolve_device
 from ..engine.grid import grid_fit
 from ..engine.published import has_classes
@@ -281,7 +283,7 @@ def even_devices(
         if batch_size % (number * settings.nnodes * settings.accumulate) == 0: return number
     return 1 if cards else settings.devices
 
-
+# %% ../../nbs/63_runs.plan.ipynb #63b00002
 def count_processes(settings: TrainSettings) -> int:
     "Count the processes of a run on all machines."
     return int(os.environ["WORLD_SIZE"]) if is_launched() else num_processes(settings.devices) * settings.nnodes
