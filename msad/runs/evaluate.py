@@ -57,7 +57,7 @@ class EvaluateSettings:
     topk_candidates: int | None = None  # kept of each level before NMS
     detections_per_img: int | None = None  # kept after NMS
     reduced_decoding: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8 where enough: faster, pixels differ a little
-    devices: int | str = "auto"  # "auto" (a GPU if there is one), "cpu", or the number of GPUs (or processes)
+    devices: int | str = "auto"  # "auto" (all GPUs, else the processor), "cpu", or the number of GPUs (or processes)
     workers: int = 2  # processes that load images
     resume: bool = True  # show a finished evaluation of the same settings; false: refuse a used folder
 
