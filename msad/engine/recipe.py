@@ -140,8 +140,11 @@ def make_optimizer(
     others = [p for p in trained if id(p) not in affine_ids]
     affine = [p for p in trained if id(p) in affine_ids]
     groups = [{"params": others, "weight_decay": recipe.weight_decay}, {"params": affine, "weight_decay": 0.0}]
-    if recipe.optimizer == "sgd": return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=True)
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+    if recipe.optimizer == "adamw": return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=True)
+    # The fused form fails where some parameters get their first gradient later than others, as widths that take turns.
+    for p in trained: optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 # %% ../../nbs/32_engine.recipe.ipynb #cdd9f06c
 _PUBLISHED = dict(empty_images=False)
