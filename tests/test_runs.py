@@ -84,6 +84,29 @@ def test_student_without_distillation(finished, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_student_without_a_teacher(finished, tmp_path, capsys):
+    settings = student_settings(finished, tmp_path / "plain", teacher="without")
+    folder = train(settings)
+    text = capsys.readouterr().out
+    assert "no teacher: it learns from the labels alone" in text and "loaded" in text
+    assert "loss_kd" not in read_log(folder)[0]
+    assert json.loads((folder / "settings.json").read_text())["teacher"] is None
+    assert json.loads((folder / "train.json").read_text())["teacher"] == "without"
+    assert load_model(folder).config == load_model(finished / "student-w0.25").config
+    assert prepare(settings).state == "finished"
+    with pytest.raises(ValueError, match="teacher"): prepare(replace(settings, teacher=str(finished / "teacher-w0.25")))
+
+
+@pytest.mark.slow
+def test_student_of_every_width_without_a_teacher(coco, tmp_path):
+    changes = dict(data=str(coco), teacher="without", weights=None, all_widths=True)
+    settings = student_settings(tmp_path, tmp_path / "all", **changes)
+    metrics = json.loads((train(settings) / "metrics.json").read_text())
+    assert list(metrics["widths"]) == ["0.25", "0.5", "0.75", "1"]
+    assert "loss_wide" in read_log(tmp_path / "all")[0] and "loss_kd" not in read_log(tmp_path / "all")[0]
+
+
+@pytest.mark.slow
 def test_model_rebuilds_from_its_file_alone(finished):
     config = load_model(finished / "student-w0.25").config
     assert (config.role, config.width, config.neck_channels) == ("student", 0.25, 64)

@@ -40,7 +40,7 @@ from ..models.sizes import size_fields
 from ..models.timm_backbone import PACKAGES
 from ..runs.folders import FolderInUse, data_folder, runs_folder
 from ..runs.plan import TEACHER_SHARE
-from ..runs.settings import TrainSettings, check_types
+from ..runs.settings import WITHOUT, TrainSettings, check_types
 from ..runs.train import train
 
 # %% ../../nbs/91_experiments.trials.ipynb #36af6a04
@@ -50,7 +50,7 @@ class Trial(NamedTuple):
     question: str
     changes: dict[str, object]  # parameters of teacher and student
     student: dict[str, object] = {}  # of the student alone
-    teacher_of: str | None = None  # the trial whose teacher is its teacher too; none: it has its own
+    alone: bool = False  # without a teacher
 
 
 def unclipped(question: str, student: dict[str, object] | None = None, **changes: object) -> Trial:
@@ -88,7 +88,7 @@ def shape(
     "Make the trial of a detector."
     weights = "pretrained" if backbone in PACKAGES else None
     parts = dict(backbone=backbone, weights=weights, neck_channels=channels, head_convs=convs)
-    return Trial("a detector", dict(width=1.0, separable=separable, head_norm=norm) | parts | others)
+    return Trial("a detector", dict(width=1.0, separable=separable, head_norm=norm) | parts | others, alone=True)
 
 
 SHAPES = {
@@ -110,9 +110,9 @@ EVERY_WIDTH = "every width"
 
 
 def width_trial(**student: object) -> Trial:
-    "Make the trial of a MobileNetV2 behind a teacher of its full width."
+    "Make the trial of a MobileNetV2."
     changes = dict(backbone="slimmable_mobilenet_v2", width=1.0, neck_channels=32, head_convs=2, separable=True)
-    return Trial("a student of one or of every width", changes, student, EVERY_WIDTH)
+    return Trial("a student of one or of every width", changes, student, alone=True)
 
 
 WIDTHS = {EVERY_WIDTH: width_trial(all_widths=True)}
@@ -168,12 +168,17 @@ def check_names(settings: TrialsSettings) -> None:
 
 # %% ../../nbs/91_experiments.trials.ipynb #d6560e66
 class Run(NamedTuple):
-    "A teacher and a student to be trained."
+    "A student to be trained, and its teacher."
 
     name: str  # of a trial, or "30 minutes"
     seed: int
-    teacher: TrainSettings
+    teacher: TrainSettings | None
     student: TrainSettings
+
+    @property
+    def parts(self) -> dict[str, TrainSettings]:
+        "Return the settings of both by role, or of a student alone."
+        return {"teacher": self.teacher, "student": self.student} if self.teacher else {"student": self.student}
 
 
 def trial_folder(settings: TrialsSettings, name: str, seed: int) -> Path:
@@ -181,15 +186,21 @@ def trial_folder(settings: TrialsSettings, name: str, seed: int) -> Path:
     return settings.folder / f"{name}-{seed}".replace(" ", "_")
 
 
-def make_run(settings: TrialsSettings, name: str, seed: int, shared: dict, teacher: dict, student: dict) -> Run:
+def make_run(
+    settings: TrialsSettings,
+    name: str,
+    seed: int,
+    shared: dict,  # fields of teacher and student
+    teacher: dict | None,  # fields of the teacher; none: there is no teacher
+    student: dict,
+) -> Run:
     "Put the settings of a run together."
-    folder, with_teacher = trial_folder(settings, name, seed), name
-    if name in TRIALS: with_teacher = TRIALS[name].teacher_of or name
+    folder = trial_folder(settings, name, seed)
     shared = dict(data=settings.data, width=settings.width, seed=seed, devices=settings.devices) | shared
-    paths = {"teacher": str(trial_folder(settings, with_teacher, seed) / "teacher"), "student": str(folder / "student")}
-    teacher = {**shared, **teacher, "role": "teacher", "out": paths["teacher"]}
-    shared.pop("weights", None)  # a student starts from its teacher
-    student = {**shared, **student, "role": "student", "teacher": paths["teacher"], "out": paths["student"]}
+    student = {**shared, "role": "student", "out": str(folder / "student"), **student}
+    if teacher is None: return Run(name, seed, None, TrainSettings(**student, teacher=WITHOUT))
+    teacher = {**shared, "role": "teacher", "out": str(folder / "teacher"), **teacher}
+    student |= {"teacher": teacher["out"], "weights": None}  # it starts from its teacher
     return Run(name, seed, TrainSettings(**teacher), TrainSettings(**student))
 
 # %% ../../nbs/91_experiments.trials.ipynb #5b110004
@@ -198,10 +209,11 @@ def list_runs(settings: TrialsSettings) -> list[Run]:
     runs = []
     for seed in range(settings.seeds):
         for name in settings.trials if settings.trials is not None else RECIPES:
-            _, changes, student, _ = TRIALS[name]
+            _, changes, student, alone = TRIALS[name]
             changes = dict(train_split=settings.train_split, val_split=settings.val_split, recipe="auto", **changes)
-            lengths = [dict(iterations=n) for n in (settings.teacher_iterations, settings.iterations)]
-            runs.append(make_run(settings, name, seed, changes, lengths[0], {**lengths[1], **student}))
+            teacher = None if alone else dict(iterations=settings.teacher_iterations)
+            student = dict(iterations=settings.iterations) | student
+            runs.append(make_run(settings, name, seed, changes, teacher, student))
     for seed in range(settings.timed_seeds):
         for minutes, size in itertools.product(settings.minutes, (None, *settings.sizes)):
             splits = dict(train_split=settings.whole_split, val_split=settings.test_split, recipe="auto")
@@ -225,9 +237,9 @@ def add_row(settings: TrialsSettings, row: dict) -> None:
 
 
 def run_row(run: Run) -> dict:
-    "Collect the row of a finished run: AP and AP50 of the student, its classes and its teacher, iterations, minutes."
+    "Collect the row of a finished run: AP and AP50 of student and teacher, of the classes, iterations, minutes."
     row, minutes = {"name": run.name, "seed": run.seed}, 0.0
-    for role, settings in (("teacher", run.teacher), ("student", run.student)):
+    for role, settings in run.parts.items():
         metrics = read_json(settings.folder / "metrics.json")
         names = ("AP", "AP50", "classes", "classes_AP50", "iterations", "widths")
         row[role] = {name: metrics[name] for name in names if name in metrics}
@@ -325,7 +337,7 @@ def do_runs(settings: TrialsSettings) -> None:
 def try_run(settings: TrialsSettings, run: Run) -> bool:
     "Do a run, unless it is done by now; return false when another process works on it."
     try:
-        for part in (run.teacher, run.student): train(part)
+        for part in run.parts.values(): train(part)
     except FolderInUse:
         return False
     if run in missing_runs(settings): add_row(settings, run_row(run))

@@ -392,6 +392,7 @@ def describe(plan: Plan) -> list[str]:
         lines.append(f"no finished teacher at {display_path(plan.teacher.parent)}: it is trained first, like this:")
         lines += [f"  | {line}" for line in str(plan.teacher_plan).splitlines()]
     elif plan.teacher: lines.append(f"teacher: {display_path(plan.teacher)}")
+    elif settings.role == "student": lines.append("no teacher: it learns from the labels alone")
     if plan.weights: lines.append(f"weights: {display_path(plan.weights.path)} ({plan.weights.kind})")
     state = {"new": "new", "unfinished": "unfinished, goes on", "finished": "finished, is shown"}[plan.state]
     return [
@@ -622,7 +623,8 @@ def read_starts(
     "Read the weights and the teacher that were given. Raises `FileNotFoundError` or `ValueError`."
     is_file = settings.weights not in (None, "pretrained")
     weights = read_weights(weights_file(settings.weights), "weights") if is_file else None
-    teacher = read_teacher(weights_file(settings.teacher)) if settings.teacher else None
+    given = settings.teacher if settings.has_teacher else None
+    teacher = read_teacher(weights_file(given)) if given else None
     settings = settle_backbone(settings, defaults, teacher, weights)
     if settings.weights == "pretrained": weights = pretrained_weights(settings.backbone)
     return settings, weights, teacher
@@ -641,7 +643,7 @@ def prepare(
     defaults = read_defaults(data_folder(settings.data))
     settings, weights, given = read_starts(settings, defaults)
     teacher = teacher_plan = teacher_config = None
-    if settings.role == "student":
+    if settings.has_teacher:
         teacher, teacher_plan = find_teacher(settings, data_content, weights)
         teacher_config = teacher_plan.config if teacher_plan else given or read_teacher(teacher)
         if not given: check_default_teacher(settings, teacher_config)

@@ -56,10 +56,10 @@ def differing_parts(config: ModelConfig, teacher: ModelConfig) -> str:
 def initial_model(plan: Plan) -> tuple[torch.nn.Module, str]:
     "Build the model as it is before training, and describe where its weights come from."
     torch.manual_seed(plan.settings.seed)
-    if plan.settings.role == "teacher":
-        model = build_model(plan.config)
-        if plan.weights: return model, load_weights(model, plan.weights)
-        return model, "The weights start from nothing (the seed decides)"
+    if not plan.settings.has_teacher:
+        model, text = build_model(plan.config), "The weights start from nothing (the seed decides)"
+        if plan.weights: text = load_weights(model, plan.weights)
+        return learning_model(model, None, plan.recipe.alpha), text
     teacher = load_model(plan.teacher, parameter="teacher", role="teacher")
     student = student_of(teacher, plan.config)
     text, others = "The student starts from its teacher", "kept from the teacher"
