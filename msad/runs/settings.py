@@ -98,10 +98,10 @@ class ModelSettings:
     short_side: int | None = None  # test size; none: as neck_channels
     max_side: int | None = None  # limit of the long side; none: in their proportion, else of 1333 to 800
 
-# %% ../../nbs/62_runs.settings.ipynb #1449ebfb
+# %% ../../nbs/62_runs.settings.ipynb #62a00001
 WITHOUT = "without"  # in place of a teacher's path
 
-
+# %% ../../nbs/62_runs.settings.ipynb #1449ebfb
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(MachineSettings, RecipeSettings, ModelSettings):
     "A training to be done. Raises a `ValueError` that names the field."
