@@ -102,7 +102,7 @@ def test_student_of_every_width_without_a_teacher(coco, tmp_path):
     changes = dict(data=str(coco), teacher="without", weights=None, all_widths=True)
     settings = student_settings(tmp_path, tmp_path / "all", **changes)
     metrics = json.loads((train(settings) / "metrics.json").read_text())
-    assert list(metrics["widths"]) == ["0.25", "0.5", "0.75", "1"]
+    assert set(metrics["widths"]) == {"0.25", "0.5", "0.75", "1"}
     assert "loss_wide" in read_log(tmp_path / "all")[0] and "loss_kd" not in read_log(tmp_path / "all")[0]
 
 
