@@ -49,6 +49,8 @@ check: install lint  ## lint, package and notebooks agree, the fast tests (under
 
 test: install lint  ## everything: package and notebooks agree, notebooks are clean and run, all tests pass
 	$(BIN)/python tests/check_notebooks.py
+	@# Its processes end without removing their temporary folders, hundreds of megabytes.
+	TMPDIR=$$(mktemp -d); export TMPDIR; trap 'rm -r "$$TMPDIR"' EXIT; \
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(PYTEST) $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
