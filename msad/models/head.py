@@ -7,7 +7,8 @@ __all__ = ['GROUPS', 'NORMS', 'HalfGroupNorm', 'GroupNorm', 'LevelBatchNorm', 'T
 
 # %% ../../nbs/10_models.head.ipynb #312349ec
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -95,9 +96,18 @@ class Tower(nn.ModuleList):
             layers += [conv(channels, channels), normalize, nn.ReLU(inplace=True)]
         super().__init__(layers)
 
-    def forward(self, x: Tensor, level: int) -> Tensor:
-        "Transform the map of a level (N×channels×H×W); levels count from 0."
-        for layer in self: x = layer(x, level) if isinstance(layer, LevelBatchNorm) else layer(x)
+    def begin(self, x: Tensor, level: int) -> Tensor:
+        "Transform the map of a level (N×channels×H×W), but for the last convolution; levels count from 0."
+        return self.run(x, level, 0, len(self) - 3)
+
+    def end(self, x: Tensor, level: int) -> Tensor:
+        "Transform what `begin` gave by the last convolution, norm and ReLU."
+        return self.run(x, level, len(self) - 3, len(self))
+
+    def run(self, x: Tensor, level: int, first: int, stop: int) -> Tensor:
+        "Run layers number `first` to `stop` (excluded)."
+        for layer in islice(self, first, stop):
+            x = layer(x, level) if isinstance(layer, LevelBatchNorm) else layer(x)
         return x
 
 # %% ../../nbs/10_models.head.ipynb #d7f669df
@@ -137,15 +147,24 @@ class FCOSHead(nn.Module):
         self.apply(init_head)
         nn.init.constant_(self.cls_logits.bias, -math.log(99))
 
-    def forward(self, pyramid: Sequence[Tensor]) -> HeadOutputs:
-        "Predict for each cell of all levels (N×channels×H×W, finest first)."
+    def towers(self, pyramid: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        "Run the towers of classes and boxes on all levels (N×channels×H×W, finest first), but for their last layer."
+        for level, features in enumerate(pyramid):
+            yield self.cls_tower.begin(features, level), self.bbox_tower.begin(features, level)
+
+    def predict(self, begun: Iterable[tuple[Tensor, Tensor]]) -> HeadOutputs:
+        "Run the last layer of the towers on what `towers` gave, and predict for each cell."
         outputs = HeadOutputs([], [], [])
-        for level, (features, scale) in enumerate(zip(pyramid, self.scales, strict=True)):
-            box_features = self.bbox_tower(features, level)
-            outputs.logits.append(self.cls_logits(self.cls_tower(features, level)))
+        for level, (maps, scale) in enumerate(zip(begun, self.scales, strict=True)):
+            class_features, box_features = self.cls_tower.end(maps[0], level), self.bbox_tower.end(maps[1], level)
+            outputs.logits.append(self.cls_logits(class_features))
             outputs.distances.append(F.relu(scale * self.bbox_pred(box_features)))
             outputs.centerness.append(self.centerness(box_features))
         return outputs
+
+    def forward(self, pyramid: Sequence[Tensor]) -> HeadOutputs:
+        "Predict for each cell of all levels (N×channels×H×W, finest first), one level after the other."
+        return self.predict(self.towers(pyramid))
 
     def losses(self, outputs: HeadOutputs, targets: Targets) -> dict[str, Tensor]:
         "Compare outputs with their targets; see `fcos_losses`."

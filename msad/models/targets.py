@@ -112,6 +112,7 @@ class Targets(NamedTuple):
     centerness: Tensor  # N×L in 0..1, 0 where it is background
     num_positives: Tensor  # scalar float64, at least 1
     centerness_sum: Tensor  # scalar float64, above 0
+    boxes: Tensor  # N×M×4, xyxy, pixels of the high view; of no size behind the last box of an image
 
     @property
     def positive(self) -> Tensor:
@@ -148,6 +149,7 @@ def assign_boxes(
         centerness=centerness,
         num_positives=positive.sum(dtype=torch.float64).clamp(min=1),
         centerness_sum=centerness.sum(dtype=torch.float64).clamp(min=1e-6),
+        boxes=boxes,
     )
 
 
