@@ -49,8 +49,7 @@ from .hooks import Hook, Training, read_log
 from .recipe import Recipe, ema_decay_at, loss_weights_at, lr_at, make_optimizer
 from .signals import StopRequest
 from ..models.batch import Batch, make_batch
-from ..models.distillation import trained_module
-from ..models.sandwich import Sandwich
+from ..models.distillation import Learner, share_of, trained_module
 from ..models.targets import Targets, assign_boxes, batch_locations
 
 # %% ../../nbs/37_engine.trainer.ipynb #560fef46
@@ -138,7 +137,7 @@ def train_step(
     replica, device, values = replica or LossModule(model), model.transform.mean.device, 0
     for group in optimizer.param_groups: group["lr"] = lr_at(recipe, iteration)
     weights = loss_weights_at(recipe, iteration)
-    if isinstance(model, Sandwich): model.iteration = iteration
+    if isinstance(model, Learner): model.begin(iteration, weights)
     optimizer.zero_grad(set_to_none=True)
     parts = divide(batch.to(device), model.num_levels, accumulate)
     for number, (part, targets) in enumerate(parts, 1):
@@ -319,6 +318,7 @@ def log_steps(
     for step, losses in zip(steps, losses_of, strict=True):
         check_finite(losses, step.iteration, step.image_ids)
         row = {"iteration": step.iteration, **losses, "loss": sum(losses.values()), "lr": step.lr}
+        if "loss_kd" in losses: row["distillation_share"] = share_of(losses)
         trainer.call("after_log", {**row, "seconds": seconds, "data_seconds": round(step.data_seconds, 4)})
 
 # %% ../../nbs/37_engine.trainer.ipynb #9de62a68

@@ -98,6 +98,7 @@ def recipe_of(settings: AblationSettings, name: str) -> Recipe:
     return Recipe(
         iterations, settings.batch_size, settings.lr / 2 if variant.parent else settings.lr, "adamw", "cosine",
         warmup=max(1, min(100, iterations // 10)), distillation_warmup=max(1, iterations // 5), weight_decay=0.05,
+        distillation="published" if variant.distillation else "none",
         alpha=alphas.get(variant.distillation, settings.alpha), flips="all", precision=settings.precision,
         empty_images=False,
     )

@@ -35,8 +35,9 @@ from ..engine.trainer import peak_memory
 from .synthetic import Scene, write_split
 from .timing import in_turns
 from ..models.detector import ModelConfig, build_model, student_of
-from ..models.distillation import Distillation, distillation_loss
+from ..models.distillation import Distillation
 from ..models.fusion import low_view
+from ..models.imitation import distillation_loss
 from ..models.losses import fcos_losses
 from ..models.targets import STRIDES, HeadOutputs, assign_targets, batch_locations
 from ..models.transform import IMAGENET, InputTransform

@@ -72,8 +72,8 @@ RECIPES = {
     "lr ×2": unclipped("twice the learning rate", dict(lr=2e-3), lr=4e-3),
     "no average": unclipped("the last weights", ema=0.0),
     "stride 4": unclipped("a coarser grid", finest_stride=4),
-    "no distillation": unclipped("the teacher's weights alone", dict(alpha=0.0)),
-    "published α": unclipped("ten times the distillation", dict(alpha=0.2)),
+    "no distillation": unclipped("the teacher's weights alone", dict(distillation="none")),
+    "published α": unclipped("the published distance", dict(distillation="published", alpha=0.2)),
 }
 
 # %% ../../nbs/91_experiments.trials.ipynb #91c00002

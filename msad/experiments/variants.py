@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'MAIN', 'enlarge', 'UnshiftedTeacher', 'UnshiftedStudent', 'EvenTeacher', 'compose', 'count_locations',
-           'PlacewiseDistillation', 'standardize', 'CorrelatedDistillation', 'DriftingDistillation', 'Variant']
+           'PlacewiseDistillation', 'CorrelatedDistillation', 'DriftingDistillation', 'Variant']
 
 # %% ../../nbs/86_experiments.variants.ipynb #fbb73261
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.detector import Detector, ModelConfig, Student, Teacher, Views, build_model
-from ..models.distillation import Distillation, distillation_loss
+from ..models.distillation import Distillation
 from ..models.fusion import HIGH_LEVELS, low_view
-from ..models.losses import upcast
-from ..models.targets import STRIDES
+from ..models.imitation import Side, correlation_loss, distillation_loss
+from ..models.targets import STRIDES, Targets
 
 # %% ../../nbs/86_experiments.variants.ipynb #3b21d60b
 def enlarge(pyramid: Sequence[Tensor], height: int, width: int) -> list[Tensor]:
@@ -77,29 +77,19 @@ def count_locations(pyramid: Sequence[Tensor]) -> list[int]:
 class PlacewiseDistillation(Distillation):
     "Distillation as published, but every location counts as one of the finest level does."
 
-    def distance(self, features: Sequence[Tensor], fused: Sequence[Tensor]) -> Tensor:
+    def distance(self, student: Side, teacher: Side, targets: Targets) -> Tensor:
         "Weight the published distance of each level by its share of locations; the finest level's weight is 1."
-        counts = count_locations(fused)
-        levels = zip(counts, features, fused, strict=True)
-        return sum(distillation_loss([s], [f], self.alpha) * count for count, s, f in levels) / counts[0]
-
-
-def standardize(level: Tensor) -> Tensor:
-    "Give each channel (N×C×H×W) mean 0 and variance 1 over images and locations; 0 where it is constant."
-    level = upcast(level)
-    variance, mean = torch.var_mean(level, dim=(0, 2, 3), correction=0, keepdim=True)
-    return (level - mean) / (variance + 1e-6).sqrt()
+        alpha, counts = self.imitation.alpha, count_locations(teacher.features)
+        levels = zip(counts, student.features, teacher.features, strict=True)
+        return sum(distillation_loss([s], [f], alpha) * count for count, s, f in levels) / counts[0]
 
 
 class CorrelatedDistillation(Distillation):
     "Distillation by the correlation of channels; every location counts once (Cao et al., NeurIPS 2022)."
 
-    def distance(self, features: Sequence[Tensor], fused: Sequence[Tensor]) -> Tensor:
+    def distance(self, student: Side, teacher: Side, targets: Targets) -> Tensor:
         "Compute α times the mean over all locations of 1 − correlation."
-        counts = count_locations(fused)
-        levels = zip(counts, features, fused, strict=True)
-        distances = [(standardize(s) - standardize(f)).square().mean() / 2 * count for count, s, f in levels]
-        return self.alpha * sum(distances) / sum(counts)
+        return self.imitation.alpha * correlation_loss(student.features, teacher.features)
 
 # %% ../../nbs/86_experiments.variants.ipynb #58489a5e
 class DriftingDistillation(Distillation):

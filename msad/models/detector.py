@@ -24,7 +24,7 @@ from .head import NORMS, FCOSHead, check_channels
 from .neck import FPN, slim_inputs
 from .postprocess import Thresholds
 from .slimmable import SlimmableConv2d, cut, own_norms, set_width, switch, width_index
-from .targets import Targets, assign_targets, batch_locations
+from .targets import HeadOutputs, Targets, assign_targets, batch_locations
 from .transform import IMAGENET, InputTransform, Normalization, check_images
 
 # %% ../../nbs/12_models.detector.ipynb #fa1118d3
@@ -124,7 +124,11 @@ class Detector(nn.Module):
 
     def head_losses(self, features: Sequence[Tensor], targets: Targets) -> dict[str, Tensor]:
         "Compute the head's losses on a pyramid; `_st` (for student, by the authors) goes behind their names."
-        return {f"{name}_st": loss for name, loss in self.head.losses(self.head(features), targets).items()}
+        return self.output_losses(self.head(features), targets)
+
+    def output_losses(self, outputs: HeadOutputs, targets: Targets) -> dict[str, Tensor]:
+        "Compute the head's losses from its outputs; the names are those of `head_losses`."
+        return {f"{name}_st": loss for name, loss in self.head.losses(outputs, targets).items()}
 
     def losses(self, batch: Tensor, targets: Targets) -> dict[str, Tensor]:
         "Compute the losses of a batch of the high view, normalised and padded."

@@ -162,15 +162,16 @@ def object_weights(
 
 
 class ObjectMasks(Imitation):
-    "FGD's masks: objects weigh alike whatever their size, and half as much as the background (Yang et al., CVPR 2022)."
+    "FGD's masks: objects weigh alike, the background half as much as one of them (Yang et al., CVPR 2022)."
 
     def forward(self, student: Side, teacher: Side, targets: Targets) -> Tensor:
         "Compute the weighted squared differences, summed over places and levels, of the images with known boxes."
-        pairs = [(ours[: len(targets.boxes)], theirs[: len(targets.boxes)]) for ours, theirs in self.pairs(student, teacher)]
+        known = len(targets.boxes)
+        pairs = [(ours[:known], theirs[:known]) for ours, theirs in self.pairs(student, teacher)]
         weights = object_weights([theirs for _, theirs in pairs], targets.boxes)
         apart = [(ours - theirs).square().mean(dim=1, keepdim=True) for ours, theirs in pairs]
         sums = [(weight * level).sum() for weight, level in zip(weights, apart, strict=True)]
-        return torch.stack(sums).sum() / len(targets.boxes)
+        return torch.stack(sums).sum() / known
 
 # %% ../../nbs/13_models.imitation.ipynb #da52d8c3
 LEAST_DISTANCE = 0.01  # strides; boxes of no size have no GIoU
@@ -183,11 +184,11 @@ class CrossHead(Imitation):
 
     def __init__(self, ours: int, theirs: int):
         super().__init__(theirs, theirs)
-        self.projection = nn.ModuleList([project(ours, theirs) for _ in range(2)])
+        self.projection = nn.ModuleDict({name: project(ours, theirs) for name in ("classes", "boxes")})
 
     def forward(self, student: Side, teacher: Side, targets: Targets) -> Tensor:
         "Compare the teacher's predictions with those of its last layers from the student's features."
-        classes, boxes = self.projection
+        classes, boxes = self.projection.get_submodule("classes"), self.projection.get_submodule("boxes")
         crossed = teacher.head.predict((classes(level[0]), boxes(level[1])) for level in student.towers)
         (said, ours), (asked, theirs) = (
             [upcast(flatten_levels(levels)) for levels in (outputs.logits, outputs.distances)]

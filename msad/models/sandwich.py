@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .detector import Detector, Student, Teacher, set_detector_width
-from .distillation import Distillation, Learner, distillation_loss, projection_of, trained_module
+from .distillation import SHARE, Distillation, Learner, limit, projection_of, trained_module
+from .imitation import correlation_loss
 from .targets import Targets
 
 # %% ../../nbs/16_models.sandwich.ipynb #15b00006
@@ -28,12 +29,12 @@ class Sandwich(Learner):
     """A detector of all widths that learns at three of them in each step.
 
     `model` is the student, or a distillation of it. Training: the means over the widths of its losses, and
-    `loss_wide` of size `alpha`. Evaluation: the detections of the widest.
+    `loss_wide`, at most a share of them. Evaluation: the detections of the widest.
     """
 
-    def __init__(self, model: Student | Distillation, alpha: float = 0.2):
+    def __init__(self, model: Student | Distillation, share: float = SHARE):
         super().__init__()
-        self.model, self.alpha, self.iteration = model, alpha, 0
+        self.model, self.share, self.iteration = model, share, 0
         self.transform, self.num_levels = model.transform, model.num_levels
 
     @property
@@ -46,18 +47,24 @@ class Sandwich(Learner):
         "Return what learns with the detector and is not part of it."
         return projection_of(self.model)
 
+    def begin(self, iteration: int, weights: dict[str, float]) -> None:
+        "Choose the widths of an iteration."
+        self.iteration = iteration
+        if isinstance(self.model, Distillation): self.model.begin(iteration, weights)
+
     def losses(self, batch: Tensor, targets: Targets) -> dict[str, Tensor]:
         "Compute the losses of a batch of the high view, made by `transform`, with the widths of `iteration`."
         student, has_teacher = self.student, isinstance(self.model, Distillation)
-        fused = self.model.fused(batch) if has_teacher else None
+        taught = self.model.ask(batch) if has_teacher else None
         view, wide, of_widths = student.own_view(batch[:, :3]), None, []
         for width in widths_of_step(student.backbone.widths, self.iteration):
             set_detector_width(student, width)
             features = student.features(view)
-            if has_teacher: losses = self.model.losses_of(features, fused, targets)
+            if has_teacher: losses = self.model.losses_of(features, taught, targets)
             else: losses = student.head_losses(features, targets)
             wide = wide or [level.detach() for level in features]
-            of_widths.append({**losses, "loss_wide": distillation_loss(features, wide, self.alpha)})
+            detection = sum(loss for name, loss in losses.items() if name != "loss_kd")
+            of_widths.append({**losses, "loss_wide": limit(correlation_loss(features, wide), detection, self.share)})
         set_detector_width(student, student.backbone.widths[-1])
         return {name: sum(losses[name] for losses in of_widths) / len(of_widths) for name in of_widths[0]}
 
@@ -65,8 +72,11 @@ class Sandwich(Learner):
 def learning_model(
     detector: Detector,
     teacher: Teacher | None,  # of a student
-    alpha: float,  # size of the distillation; 0: without
+    distillation: str,  # "none", or one of `IMITATIONS`
+    alpha: float = 0.2,  # size of the published one
+    share: float = SHARE,  # of the detection losses, at most; of the others
 ) -> Detector | Distillation | Sandwich:
-    "Put a detector into the module that computes its losses."
-    model = Distillation(detector, teacher, alpha) if teacher and alpha else detector
-    return Sandwich(model, alpha) if detector.config.all_widths else model
+    "Put a detector into the module that computes its losses; with \"none\" its widths do not teach each other either."
+    distils = distillation != "none"
+    model = Distillation(detector, teacher, alpha, distillation, share) if teacher and distils else detector
+    return Sandwich(model, SHARE if distils else 0.0) if detector.config.all_widths else model

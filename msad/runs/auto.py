@@ -21,7 +21,7 @@ from ..data.images import CocoImages, subsample
 from ..data.loaders import eval_loader, training_indices
 from ..data.transforms import EvalTransform
 from ..engine.grid import grid_fit
-from ..engine.recipe import Recipe
+from ..engine.recipe import UNTIL, Recipe
 from ..engine.trainer import make_transform, seconds_per_step
 from ..models.detector import NUM_LEVELS, ModelConfig, build_model, scaled_max_side
 from ..models.distillation import trained_module
@@ -140,7 +140,8 @@ def auto_recipe(
     lr = float(f"{(LR if from_nothing else LR / 2) * (batch / 8) ** 0.5:.2g}")
     recipe = Recipe(
         iterations, batch, lr, "adamw", "cosine", warmup=max(1, iterations // 10), weight_decay=0.05, ema=0.05,
-        alpha=0.02, distillation_warmup=max(1, round(0.3 * iterations)), scale_jitter=0.25, max_grad_norm=1.0,
+        distillation="balanced", alpha=0.02, distillation_until=UNTIL,
+        distillation_warmup=max(1, round(0.3 * iterations)), scale_jitter=0.25, max_grad_norm=1.0,
     )
     passes, kind = iterations * batch / count, "a processor" if device == "cpu" else "a GPU"
     return recipe, {
@@ -172,7 +173,8 @@ class Seconds(NamedTuple):
 
 def trial_model(config: ModelConfig, teacher: ModelConfig | None, recipe: Recipe, device: torch.device) -> nn.Module:
     "Build a model with weights from nothing, to measure what it takes."
-    model = learning_model(build_model(config), build_model(teacher) if teacher else None, recipe.alpha)
+    distillation = recipe.distillation, recipe.alpha, recipe.distillation_share
+    model = learning_model(build_model(config), build_model(teacher) if teacher else None, *distillation)
     return model.to(device, memory_format=torch.channels_last)
 
 

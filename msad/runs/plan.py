@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['MODEL_DEFAULTS', 'COCO_SIZE', 'TEACHER_SHARE', 'SHARED', 'read_defaults', 'settle_backbone', 'has_backbone_of',
            'own_weights', 'check_default_teacher', 'model_config', 'check_fit', 'recipe_name', 'base_recipe',
-           'count_empty', 'resolve_recipe', 'Plan', 'even_devices', 'count_processes', 'images_per_norm', 'intervals',
-           'describe_intervals', 'describe_devices', 'notes', 'describe_reasons', 'describe_head', 'describe_width',
-           'describe', 'choose_model', 'given_reasons', 'own_minutes', 'begun_with', 'fit_minutes', 'content_of',
-           'other_data', 'find_teacher', 'read_images', 'leave_out_classes', 'check_box_sides', 'find_oddities',
-           'check_batch_norm', 'read_teacher', 'read_starts', 'prepare', 'plan_state']
+           'count_empty', 'resolve_recipe', 'check_imitation', 'describe_distillation', 'Plan', 'even_devices',
+           'count_processes', 'images_per_norm', 'intervals', 'describe_intervals', 'describe_devices', 'notes',
+           'describe_reasons', 'describe_head', 'describe_width', 'describe', 'choose_model', 'given_reasons',
+           'own_minutes', 'begun_with', 'fit_minutes', 'content_of', 'other_data', 'find_teacher', 'read_images',
+           'leave_out_classes', 'check_box_sides', 'find_oddities', 'check_batch_norm', 'read_teacher', 'read_starts',
+           'prepare', 'plan_state']
 
 # %% ../../nbs/63_runs.plan.ipynb #0b6a586a
 import math
@@ -61,7 +62,16 @@ from msad.runs.folders import (
     read_settings,
     weights_file,
 )
-from .settings import RecipeSettings, TrainSettings, explicit_paths, folder_name, settings_dict, split_paths
+from msad.runs.settings import (
+    DISTILLATION,
+    RecipeSettings,
+    TrainSettings,
+    check_use,
+    explicit_paths,
+    folder_name,
+    settings_dict,
+    split_paths,
+)
 
 # %% ../../nbs/63_runs.plan.ipynb #5dbec766
 MODEL_DEFAULTS = {
@@ -233,8 +243,38 @@ def resolve_recipe(
             f"batch_size is {recipe.batch_size}, to be shared by processes ({processes}) and their parts "
             f"({settings.accumulate}): choose a multiple of {parts}, or other devices and accumulate"
         )
+    distils = settings.has_teacher or settings.all_widths
+    if not distils: recipe = replace(recipe, distillation="none")
     # Where there are none, a run is the same either way.
     return replace(recipe, empty_images=recipe.empty_images and count_empty(images) > 0)
+
+# %% ../../nbs/63_runs.plan.ipynb #26ab437f
+def check_imitation(
+    settings: TrainSettings,
+    defaults: dict,  # of the data
+    recipe: Recipe,  # of `resolve_recipe`
+) -> None:
+    "Raise a `ValueError` that names a parameter which the distillation of a student does not have."
+    if not (settings.has_teacher or settings.all_widths): return
+    given = {name: value for name in DISTILLATION if (value := getattr(settings, name)) is not None}
+    check_use(recipe.distillation, given if settings.distillation else defaults | given)
+
+
+def describe_distillation(
+    recipe: Recipe,
+    teacher: Path | None,  # of a student
+    all_widths: bool = False,
+) -> str:
+    "Describe what a student learns besides the labels, and how much."
+    if recipe.distillation == "none": return "no distillation: it learns from the labels alone"
+    of_widths = "the narrower widths learn from the widest, at most 0.25 of the detection losses"
+    if not teacher: return of_widths
+    limit = f"at most {recipe.distillation_share:g} of the detection losses"
+    size = f"of size {recipe.alpha:g} without a limit" if recipe.distillation == "published" else limit
+    until = recipe.distillation_until
+    times = "to the end" if until == 1 else f"in the first {until:.0%} of the run"
+    text = f"distillation: {recipe.distillation}, {size}, {times}, from {display_path(teacher)}"
+    return f"{text}; {of_widths}" if all_widths else text
 
 # %% ../../nbs/63_runs.plan.ipynb #33cb55ac
 @dataclass(frozen=True)
@@ -393,6 +433,8 @@ def describe(plan: Plan) -> list[str]:
         lines += [f"  | {line}" for line in str(plan.teacher_plan).splitlines()]
     elif plan.teacher: lines.append(f"teacher: {display_path(plan.teacher)}")
     elif settings.role == "student": lines.append("no teacher: it learns from the labels alone")
+    if settings.has_teacher or settings.all_widths:
+        lines.append(describe_distillation(recipe, plan.teacher, config.all_widths))
     if plan.weights: lines.append(f"weights: {display_path(plan.weights.path)} ({plan.weights.kind})")
     state = {"new": "new", "unfinished": "unfinished, goes on", "finished": "finished, is shown"}[plan.state]
     return [
@@ -665,6 +707,7 @@ def prepare(
         data_content, oddities, "new", weights, teacher, teacher_plan, processes, base, why, from_nothing,
     )
     check_batch_norm(plan)
+    check_imitation(settings, defaults, plan.recipe)
     plan = fit_minutes(plan, teacher_config)
     # Process 0 may be at work in the folder while others come this far; it looks.
     return plan if is_launched() and os.environ["RANK"] != "0" else replace(plan, state=plan_state(plan))

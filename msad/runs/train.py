@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['differing_parts', 'initial_model', 'Validation', 'is_best', 'BestModel', 'Pictures', 'duration', 'print_estimate',
-           'make_trainer', 'go_back_to_best', 'evaluate_widths', 'too_little_memory', 'train_here', 'run', 'train',
-           'main']
+           'make_trainer', 'go_back_to_best', 'evaluate_widths', 'too_little_memory', 'warn_of_share', 'train_here',
+           'run', 'train', 'main']
 
 # %% ../../nbs/64_runs.train.ipynb #56d7a917
 import argparse
 import math
 import os
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -56,10 +57,12 @@ def differing_parts(config: ModelConfig, teacher: ModelConfig) -> str:
 def initial_model(plan: Plan) -> tuple[torch.nn.Module, str]:
     "Build the model as it is before training, and describe where its weights come from."
     torch.manual_seed(plan.settings.seed)
+    recipe = plan.recipe
+    distillation = recipe.distillation, recipe.alpha, recipe.distillation_share
     if not plan.settings.has_teacher:
         model, text = build_model(plan.config), "The weights start from nothing (the seed decides)"
         if plan.weights: text = load_weights(model, plan.weights)
-        return learning_model(model, None, plan.recipe.alpha), text
+        return learning_model(model, None, *distillation), text
     teacher = load_model(plan.teacher, parameter="teacher", role="teacher")
     student = student_of(teacher, plan.config)
     text, others = "The student starts from its teacher", "kept from the teacher"
@@ -67,8 +70,8 @@ def initial_model(plan: Plan) -> tuple[torch.nn.Module, str]:
         text, others = f"{text} but for {inherited}", "the teacher's, or started anew"
     if plan.weights:
         text = f"{text}. {load_weights(student, plan.weights, otherwise=others)}"
-    if plan.recipe.alpha == 0: text = f"{text}, and learns without it"
-    return learning_model(student, teacher, plan.recipe.alpha), text
+    if recipe.distillation == "none": text = f"{text}, and learns without it"
+    return learning_model(student, teacher, *distillation), text
 
 # %% ../../nbs/64_runs.train.ipynb #6ce91fb2
 class Validation:
@@ -199,6 +202,17 @@ def too_little_memory(plan: Plan) -> str:
     return memory_cure(plan.config, teacher, plan.recipe, plan.images, *machine)
 
 
+def warn_of_share(log: list[dict]) -> None:
+    "Warn of a distillation that was more than the detection losses on average, while it counted."
+    shares = [share for row in log if (share := row.get("distillation_share"))]
+    if not shares or (mean := sum(shares) / len(shares)) <= 1: return
+    warnings.warn(
+        f"the distillation was {mean:.1f} times the detection losses on average, more than half of the loss, so it may "
+        "have done harm: try distillation balanced",
+        stacklevel=2,
+    )
+
+
 def train_here(plan: Plan) -> None:
     "Do this process's part of a training; a finished run stays as it is."
     settings, folder = plan.settings, plan.settings.folder
@@ -217,6 +231,7 @@ def train_here(plan: Plan) -> None:
         if rank() == 0:
             save_model(folder / "model_final.pth", trainer.result)
             write_evaluation(folder, trainer.evaluate.last, iterations=plan.recipe.iterations, **done)
+            warn_of_share(read_log(folder))
 
 # %% ../../nbs/64_runs.train.ipynb #d6ff4b31
 def run(
