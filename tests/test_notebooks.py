@@ -65,7 +65,7 @@ def test_from_teacher_to_analysis(place):
     assert all(Path(picture).is_file() for picture in pictures)
     of_all = {"cost", "detections", "sizes", "classes", "precision_recall", "resolutions", "errors"}
     of_teacher = {f"{kind}_teacher-w0.25" for kind in ("losses", "fusion", "fusion_sizes")}
-    of_student = {f"{kind}_student-w0.25" for kind in ("losses", "distance")}
+    of_student = {f"{kind}_student-w0.25" for kind in ("losses", "distillation")}
     assert {Path(picture).stem for picture in pictures} == of_all | of_teacher | of_student
     assert "teacher" in summary and "student" in summary
 

@@ -20,7 +20,7 @@ from msad.deploy.onnx import ExportSettings
 from msad.deploy.predict import PredictSettings
 from msad.runs.comparison import AnalysisSettings
 from msad.runs.evaluate import EvaluateSettings
-from msad.runs.settings import TrainSettings
+from msad.runs.settings import DISTILLATION, TrainSettings
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {path.stem.partition("_")[2]: path for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))}
@@ -217,7 +217,7 @@ def timed(*command) -> float:
 
 
 SETTINGS = {
-    "train_teacher": (TrainSettings, {"role", "teacher", "alpha", "distillation_warmup", "all_widths"}),
+    "train_teacher": (TrainSettings, {"role", "teacher", "all_widths", *DISTILLATION}),
     "train_student": (TrainSettings, {"role"}),
     "evaluate": (EvaluateSettings, set()),
     "predict": (PredictSettings, set()),

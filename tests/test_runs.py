@@ -74,9 +74,9 @@ def test_run_folder_holds_everything(finished):
 
 @pytest.mark.slow
 def test_student_without_distillation(finished, tmp_path, capsys):
-    train(student_settings(finished, tmp_path / "low", alpha=0))
+    train(student_settings(finished, tmp_path / "low", distillation="none"))
     assert ", and learns without it" in capsys.readouterr().out
-    _, text = initial_model(prepare(student_settings(finished, tmp_path / "plain", alpha=0, weights=None)))
+    _, text = initial_model(prepare(student_settings(finished, tmp_path / "plain", distillation="none", weights=None)))
     assert text == "The student starts from its teacher, and learns without it"
     distilled, alone = read_log(finished / "student-w0.25"), read_log(tmp_path / "low")
     assert "loss_kd" not in alone[0] and alone[0]["loss_fcos_cls_st"] == pytest.approx(distilled[0]["loss_fcos_cls_st"])
@@ -556,7 +556,7 @@ def test_out_is_a_file_or_holds_something_else(coco, tmp_path):
 
 
 def test_missing_teacher_is_trained_first(coco, tmp_path):
-    given = dict(SMALL, recipe="auto", flips="all", lr=0.5, alpha=0.1)
+    given = dict(SMALL, recipe="auto", flips="all", lr=0.5, distillation="published", alpha=0.1)
     plan = prepare(TrainSettings(role="student", data=str(coco), out=str(tmp_path / "run"), **given))
     theirs = plan.teacher_plan
     assert plan.teacher == default_folder(coco, "teacher", 0.25) / "model_final.pth"
