@@ -62,7 +62,7 @@ def forms(model: Detector, image: Tensor, folder: Path) -> tuple[dict, int]:
 def measure_costs(
     configs: Mapping[str, ModelConfig],  # of students, by name
     size: tuple[int, int],  # height and width of the low view
-    rounds: int = 7,
+    rounds: int = 30,
 ) -> dict[str, Cost]:
     "Measure detectors, all in turns; the fastest round counts."
     torch.manual_seed(0)
