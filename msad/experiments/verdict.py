@@ -54,7 +54,9 @@ def mean_gain(
     low, high = interval_95(samples.mean(axis=0))
     seeds, deviation = len(values), float(values.std(ddof=1)) if len(values) > 1 else math.nan
     over_seeds = float(stats.t.ppf(0.975, seeds - 1)) * deviation / seeds**0.5 if seeds > 1 else 0.0
-    return Gain(float(values.mean()), deviation, seeds, photographs, over_seeds, float(high - low) / 2)
+    few = max(photographs, 2) - 1
+    correction = ((few + 1) / few) ** 0.5 * stats.t.ppf(0.975, few) / stats.norm.ppf(0.975)
+    return Gain(float(values.mean()), deviation, seeds, photographs, over_seeds, float(correction * (high - low)) / 2)
 
 # %% ../../nbs/93_experiments.verdict.ipynb #93a0000a
 MOST_SEEDS, MOST_TIMES = 100, 100  # more seeds, or times the photographs, are called too many
@@ -90,6 +92,7 @@ def photographs_for(gain: Gain, part: float) -> int | None:
 def more_needed(gain: Gain) -> More:
     "Compute how many more seeds or photographs are likely to tell the sign of a difference."
     factor = float(1 + stats.norm.ppf(0.8) / stats.norm.ppf(0.975))
+    if gain.mean == 0: return More(None, None, None)
     if gain.seeds < 2: return More(None, photographs_for(gain, abs(gain.mean)), None)
     now = float(stats.t.ppf((0.975, 0.8), gain.seeds - 1).sum()) * gain.deviation / gain.seeds**0.5
     square = gain.mean**2
