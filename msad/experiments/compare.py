@@ -127,7 +127,7 @@ def run_folder(settings: CompareSettings, name: str, seed: int) -> Path:
     "Name the folder of a run."
     return settings.folder / f"{name}-{seed}"
 
-
+# %% ../../nbs/94_experiments.compare.ipynb #94a0001d
 def train_settings(
     settings: CompareSettings,
     name: str,  # of the variant: `teacher`, `alone`, `none` or a distillation
@@ -306,7 +306,7 @@ def variants_table(comparison: Comparison) -> Table:
         table.append([title, start, labels, updates, f"{expected(comparison, name):.1f}", f"{finished} of {seeds}"])
     return Table(["detector", "starts from", "learns from", "updates", "minutes each", "done"], table, texts=3)
 
-
+# %% ../../nbs/94_experiments.compare.ipynb #94a0001e
 def progress_text(comparison: Comparison) -> str:
     "Count the runs that are done and to be done, and estimate the time that those take."
     todo, done = missing_runs(comparison), len(comparison.rows)
@@ -381,6 +381,7 @@ def run_comparison(comparison: Comparison) -> list[dict]:  # the rows
     "Train and evaluate all that is missing, in as many processes as are asked for."
     settings, ends = comparison.settings, end_of(comparison.settings.budget)
     write_results(comparison)
+    comparison = replace(comparison, length=begun_length(settings))  # of another process, if that was first
     if settings.jobs > 1: side_by_side(do_runs, settings.jobs, comparison, ends)
     else: do_runs(comparison, ends)
     return comparison.rows

@@ -72,6 +72,8 @@ def read_rows(
     "Read the rows of a file of results. Raises a `ValueError` when it holds results of other settings."
     if not path.exists(): return []
     contents = read_json(path)
+    if not isinstance(contents, dict) or not {"settings", "runs"} <= set(contents):
+        raise ValueError(f"results: {path} holds no results of this kind; give another file")
     if differing := "; ".join(differences(contents["settings"], settings).values()):
         raise ValueError(f"results: {path} has other settings ({differing}); give another file or its settings")
     return contents["runs"]

@@ -88,7 +88,7 @@ def photographs_for(gain: Gain, part: float) -> int | None:
     if part <= 0 or margin > part * MOST_TIMES**0.5: return None
     return max(0, math.ceil(gain.photographs * ((margin / part) ** 2 - 1)))
 
-
+# %% ../../nbs/93_experiments.verdict.ipynb #93a0001b
 def more_needed(gain: Gain) -> More:
     "Compute how many more seeds or photographs are likely to tell the sign of a difference."
     factor = float(1 + stats.norm.ppf(0.8) / stats.norm.ppf(0.975))
@@ -125,7 +125,7 @@ def gain_over(rows: Sequence[dict], variant: str, other: str, photographs: int) 
     if not common_seeds(rows, variant, other): return None
     return mean_gain(*(paired(rows, variant, other, metric) for metric in ("AP", "samples")), photographs)
 
-
+# %% ../../nbs/93_experiments.verdict.ipynb #93a0001c
 class Verdict(NamedTuple):
     "Which of three detectors to ship; it prints as a sentence."
 
@@ -171,7 +171,7 @@ def rounded(count: int) -> int:
     unit = 10 ** max(0, len(str(count)) - 2)
     return math.ceil(count / unit) * unit
 
-
+# %% ../../nbs/93_experiments.verdict.ipynb #93a0001d
 def more_text(gain: Gain) -> str:
     "Say what would settle a comparison."
     more = more_needed(gain)
