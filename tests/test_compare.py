@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import fields
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,3 +214,19 @@ def test_stopped_goes_on_and_finished_is_shown(tmp_path):
     printed, errors = (third := start(tmp_path, seeds=3, budget=1e-4)).communicate(timeout=60)
     assert third.returncode == 0, errors[-2000:]
     assert "4 of 12 runs are still to be done" in printed
+
+
+@pytest.mark.slow
+def test_notebook_takes_the_parameters_of_a_training(tmp_path):
+    for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split)
+    given = {**TINY, "teacher_iterations": 3, "iterations": 2, "seeds": 1}
+    parameters = json.dumps({**given, "data": tmp_path / "data", "out": tmp_path / "out"}, default=str)
+    command = [str(Path(sys.executable).with_name("papermill")), "nbs/compare.ipynb", "-y", parameters]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs = [output for cell in json.loads(done.stdout)["cells"] for output in cell.get("outputs", [])]
+    text = "".join(str(output.get("text", "")) + str(output.get("data", "")) for output in outputs)
+    assert "for other photographs alone, since there is one seed; 4 photographs" in text
+    assert "| student (published) |" in text and "image/png" in text
+    settings = json.loads((tmp_path / "out/results.json").read_text())["settings"]
+    assert settings["neck_channels"] == 64 and settings["iterations"] == 2
