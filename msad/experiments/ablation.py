@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['HELD_OUT', 'BETWEEN', 'SAMPLES', 'AblationSettings', 'common_settings', 'recipe_of', 'config_of', 'list_runs',
            'check_ablation', 'write_held_out', 'prepare_data', 'run_folder', 'initial_model', 'train_variant',
-           'results_file', 'read_results', 'check_content', 'add_result', 'missing_runs', 'progress_text',
-           'expected_minutes', 'run_ablation', 'read_both', 'do_runs', 'try_run']
+           'results_file', 'read_results', 'add_result', 'missing_runs', 'progress_text', 'expected_minutes',
+           'run_ablation', 'read_both', 'do_runs', 'try_run']
 
 # %% ../../nbs/87_experiments.ablation.ipynb #8b1cec11
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from ..data.files import read_json, write_atomically, write_json
+from ..data.files import read_json, write_json
 from ..data.images import CocoImages
 from ..data.summary import check_images
 from ..data.transforms import TrainTransform
@@ -31,7 +30,7 @@ from ..engine.trainer import ProgressBar, Trainer
 from ..engine.weights import read_file, save_file, save_model
 from ..evaluation.bootstrap import bootstrap
 from ..evaluation.evaluator import evaluate_model, write_evaluation
-from .jobs import end_of, side_by_side, time_left
+from .jobs import check_data, end_of, read_rows, side_by_side, time_left, write_rows
 from .synthetic import write_synthetic
 from .variants import MAIN, VARIANTS, CorrelatedDistillation, compose
 from ..models.detector import ROLES, ModelConfig, scaled_max_side
@@ -40,7 +39,6 @@ from msad.runs.folders import (
     FolderInUse,
     data_folder,
     data_name,
-    differences,
     display_path,
     folder_state,
     lock_run_folder,
@@ -221,20 +219,7 @@ def results_file(settings: AblationSettings) -> Path:
 
 def read_results(settings: AblationSettings) -> list[dict]:  # `variant`, `seed`, `alpha` and metrics of each run
     "Read the results so far. Raises a `ValueError` when the file holds results of other settings."
-    path = results_file(settings)
-    if not path.exists(): return []
-    contents = read_json(path)
-    if differing := "; ".join(differences(contents["settings"], common_settings(settings)).values()):
-        raise ValueError(f"results: {path} has other settings ({differing}); give another file or its settings")
-    return contents["runs"]
-
-
-def check_content(settings: AblationSettings, data_content: dict) -> None:
-    "Raise a `ValueError` when the file of results has those of data that changed since."
-    path = results_file(settings)
-    there = read_json(path).get("content", {}) if path.exists() else {}
-    if text := "; ".join(differences({**data_content, **there}, data_content).values()):
-        raise ValueError(f"results: {path} has results of other data ({text}); give another file")
+    return read_rows(results_file(settings), common_settings(settings))
 
 
 def add_result(settings: AblationSettings, row: dict, data_content: dict) -> None:
@@ -243,10 +228,8 @@ def add_result(settings: AblationSettings, row: dict, data_content: dict) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         rows = {(row["seed"], order.index(row["variant"])): row for row in (*read_results(settings), row)}
-        lines = ",\n".join(json.dumps(row, allow_nan=False) for _, row in sorted(rows.items()))
-        head = f'"settings": {json.dumps(common_settings(settings))},\n"content": {json.dumps(data_content)}'
-        text = f'{{{head},\n"runs": [\n{lines}\n]}}\n'
-        write_atomically(path, lambda file: file.write(text.encode()))
+        head = {"settings": common_settings(settings), "content": data_content}
+        write_rows(path, head, [row for _, row in sorted(rows.items())])
 
 # %% ../../nbs/87_experiments.ablation.ipynb #75c57ae6
 def missing_runs(settings: AblationSettings, results: list[dict]) -> list[tuple[str, int]]:
@@ -278,7 +261,7 @@ def run_ablation(settings: AblationSettings) -> list[dict]:  # see `read_results
     "Train and evaluate all that is missing. Raises `FileNotFoundError` or `ValueError` with the parameter and cure."
     images = read_both(settings)
     for part in images: check_images(part, training=part is images[0], decode=False)
-    check_content(settings, content_of(*images))
+    check_data(results_file(settings), content_of(*images))
     if settings.jobs > 1: side_by_side(do_runs, settings.jobs, settings, end_of(settings.budget))
     else: do_runs(settings, end_of(settings.budget))
     return read_results(settings)
