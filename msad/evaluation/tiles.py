@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EDGE', 'AGREEMENT', 'Detect', 'GREY', 'BATCH_SIZE', 'check_tile', 'Tiling', 'choose_tiling', 'tile_starts',
-           'TileGrid', 'make_grid', 'Found', 'collect', 'find_cut', 'agreeing', 'merge_tiles', 'read_tile',
+           'TileGrid', 'make_grid', 'Found', 'collect', 'clearance', 'find_cut', 'agreeing', 'merge_tiles', 'read_tile',
            'in_picture', 'detect_tiles', 'detect_tiled']
 
-# %% ../../nbs/44_evaluation.tiles.ipynb #2b85764b
+# %% ../../nbs/44_evaluation.tiles.ipynb #7013620a
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..data.windows import DecodedPicture, TiffPicture
 from ..models.detector import ModelConfig
 
-# %% ../../nbs/44_evaluation.tiles.ipynb #b26755b6
+# %% ../../nbs/44_evaluation.tiles.ipynb #a9971855
 def check_tile(
     tile: int | str,  # "auto", pixels, or 0
     overlap: int | None,
@@ -73,7 +73,7 @@ def choose_tiling(
         overlap = min(usual, side // 2)
     return Tiling(side, overlap, longest, known)
 
-# %% ../../nbs/44_evaluation.tiles.ipynb #66e9c100
+# %% ../../nbs/44_evaluation.tiles.ipynb #f19a741b
 def tile_starts(
     length: int,  # of the picture along an axis, pixels
     side: int,  # of a tile
@@ -122,7 +122,7 @@ def make_grid(
     axes = [tile_starts(length, tiling.side, tiling.overlap) for length in (width, height)]
     return TileGrid(size, tiling.side, *axes)
 
-# %% ../../nbs/44_evaluation.tiles.ipynb #1d3fbf12
+# %% ../../nbs/44_evaluation.tiles.ipynb #92ec3931
 EDGE = 0.02  # of a tile's side: a box that ends so near an edge reaches it
 AGREEMENT = 0.5  # least IoU of two boxes of one object
 
@@ -149,26 +149,32 @@ def collect(
     return Found(*columns, np.cumsum([0, *(len(one["scores"]) for one in found)]))
 
 
+def clearance(
+    boxes: np.ndarray,  # M×4, pixels of the picture
+    tile: np.ndarray,  # x₁, y₁, x₂, y₂
+    inner: np.ndarray,  # for each side of the tile, whether it lies inside the picture
+) -> np.ndarray:  # M, pixels; below 0 for boxes that reach out, infinite without inner edges
+    "Measure how far boxes are from the inner edges of a tile."
+    return np.where(inner, (boxes - tile) * (1, 1, -1, -1), np.inf).min(axis=1)
+
+
 def find_cut(
     found: Found,
     grid: TileGrid,
 ) -> tuple[np.ndarray, np.ndarray]:  # M, whether a box is cut; M, whether it is left to another tile
     "Find the boxes that reach an inner edge, and those of them that another tile sees as a whole (rule 1)."
-    tiles, (height, width) = grid.tiles, grid.size
+    tiles, (height, width), margin = grid.tiles, grid.size, EDGE * grid.side
     inner = np.hstack([tiles[:, :2] > 0, tiles[:, 2:] < (width, height)])
-    margin, owner = EDGE * grid.side, np.repeat(np.arange(len(tiles)), np.diff(found.begins))
-    cut = inner[owner] & (np.abs(found.boxes - tiles[owner]) <= margin)
-    cut, left = cut.any(axis=1), np.zeros(len(owner), bool)
-    clear = tiles + np.where(inner, margin, 0) * (1, 1, -1, -1)
-    for one, two in grid.neighbours():
-        for mine, other in ((one, two), (two, one)):
-            own = found.of(mine)
-            if not cut[own].any(): continue
-            boxes, (x1, y1, x2, y2) = found.boxes[own].T, clear[other]
-            left[own] |= cut[own] & (boxes[0] > x1) & (boxes[1] > y1) & (boxes[2] < x2) & (boxes[3] < y2)
-    return cut, left
+    owns = [found.of(number) for number in range(len(tiles))]
+    cut = [clearance(found.boxes[own], *at) <= margin for own, *at in zip(owns, tiles, inner, strict=True)]
+    left = [np.zeros(len(own), bool) for own in cut]
+    for pair in grid.neighbours():
+        for mine, other in (pair, pair[::-1]):
+            if not cut[mine].any(): continue
+            left[mine] |= cut[mine] & (clearance(found.boxes[owns[mine]], tiles[other], inner[other]) > margin)
+    return np.concatenate(cut), np.concatenate(left)
 
-# %% ../../nbs/44_evaluation.tiles.ipynb #fb40e429
+# %% ../../nbs/44_evaluation.tiles.ipynb #045c1ad0
 def agreeing(
     found: Found,
     grid: TileGrid,
@@ -196,7 +202,7 @@ def agreeing(
         pairs.append(np.stack([first[rows], second[columns]], axis=1))
     return np.concatenate(pairs)
 
-# %% ../../nbs/44_evaluation.tiles.ipynb #08f3eeec
+# %% ../../nbs/44_evaluation.tiles.ipynb #60bc964a
 def merge_tiles(
     detections: Sequence[Mapping[str, Tensor]],  # for each tile `boxes` (pixels of the picture), `scores`, `labels`
     grid: TileGrid,
@@ -224,7 +230,7 @@ def merge_tiles(
     columns = {"boxes": boxes, "scores": found.scores, "labels": found.labels}
     return {name: torch.from_numpy(column)[stay] for name, column in columns.items()}
 
-# %% ../../nbs/44_evaluation.tiles.ipynb #16978d2f
+# %% ../../nbs/44_evaluation.tiles.ipynb #86c5ac21
 Detect = Callable[[list[Image.Image]], Iterable[Mapping]]  # photographs → `boxes`, `scores`, `labels` of each
 GREY = (124, 116, 104)  # ImageNet's mean
 BATCH_SIZE = 8  # tiles that go through the network together
