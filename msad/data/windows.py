@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['TIFF_STARTS', 'WIDTH', 'HEIGHT', 'ORIENTATION', 'GEO_KEYS', 'COLOURS', 'BLOCKS', 'tiff_header', 'picture_size',
-           'chosen_bands', 'as_rgb', 'DecodedPicture', 'TiffPicture', 'require_rasterio', 'open_windows']
+           'chosen_bands', 'as_rgb', 'DecodedPicture', 'TiffPicture', 'has_rasterio', 'require_rasterio',
+           'open_windows', 'has_place', 'lonlat']
 
-# %% ../../nbs/28_data.windows.ipynb #eb5c2711
+# %% ../../nbs/28_data.windows.ipynb #8b88dccd
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 
 import numpy as np
 from PIL import Image
@@ -20,7 +21,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from .images import LEAST_BRIGHTEST, _check_brightest, read_image
 from .layouts import image_size
 
-# %% ../../nbs/28_data.windows.ipynb #2ff3e5a9
+# %% ../../nbs/28_data.windows.ipynb #d40197fe
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two of files above 4 GB
 WIDTH, HEIGHT, ORIENTATION, GEO_KEYS = 256, 257, 274, 34735  # numbers of tags
 
@@ -50,7 +51,7 @@ def picture_size(
         return (int(header[HEIGHT]), int(header[WIDTH])) if header else image_size(path)
     except Exception: return None  # decoding the picture will report what is wrong
 
-# %% ../../nbs/28_data.windows.ipynb #6393b1d9
+# %% ../../nbs/28_data.windows.ipynb #234f4bd2
 COLOURS = ("red", "green", "blue")
 
 
@@ -78,7 +79,7 @@ def as_rgb(
     if bands.dtype == np.uint16: bands = (bands >> 8).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(np.broadcast_to(bands, (3, *bands.shape[1:])).transpose(1, 2, 0)))
 
-# %% ../../nbs/28_data.windows.ipynb #e0976555
+# %% ../../nbs/28_data.windows.ipynb #7c86645e
 class DecodedPicture:
     "A picture that is decoded as a whole; its memory grows with the picture."
 
@@ -98,13 +99,13 @@ class DecodedPicture:
         small.thumbnail((longest, longest))
         return small
 
-# %% ../../nbs/28_data.windows.ipynb #a3e795b8
+# %% ../../nbs/28_data.windows.ipynb #4d64d4d1
 class TiffPicture:
     "A TIFF that is read by windows; its memory does not grow with the picture."
 
     def __init__(
         self,
-        file: "rasterio.DatasetReader",  # opened
+        file: object,  # opened by rasterio
         path: str | os.PathLike,  # for messages
     ):
         self.file, self.path, self.size = file, path, (file.height, file.width)
@@ -140,7 +141,7 @@ class TiffPicture:
         from rasterio.windows import Window
 
         x1, y1, x2, y2 = box
-        return as_rgb(self._read(Window(x1, y1, x2 - x1, y2 - y1)), self.palette)
+        return as_rgb(self._read(Window.from_slices((y1, y2), (x1, x2))), self.palette)
 
     def reduced(self, longest: int) -> Image.Image:
         "Make the whole picture so small that no side is longer than `longest` pixels; pixels between are left out."
@@ -148,34 +149,22 @@ class TiffPicture:
 
         (height, width), shrink = self.size, min(1, longest / max(self.size))
         shape = max(1, round(height * shrink)), max(1, round(width * shrink))
-        return as_rgb(self._read(Window(0, 0, width, height), shape), self.palette)
+        return as_rgb(self._read(Window.from_slices((0, height), (0, width)), shape), self.palette)
 
-    @cached_property
-    def has_place(self) -> bool:
-        "Tell whether the file says where on the earth it lies."
-        return self.file.crs is not None and not self.file.transform.is_identity
-
-    def lonlat(
-        self,
-        points: np.ndarray,  # N×2, x and y in pixels
-    ) -> np.ndarray:  # N×2, longitude and latitude in degrees, WGS 84
-        "Convert pixels to places on the earth."
-        from rasterio.warp import transform
-
-        xs, ys = self.file.transform * (points[:, 0], points[:, 1])
-        return np.stack(transform(self.file.crs, "EPSG:4326", xs, ys), axis=1)
-
-# %% ../../nbs/28_data.windows.ipynb #3350bb0f
+# %% ../../nbs/28_data.windows.ipynb #80263383
 BLOCKS = 64  # megabytes of decoded blocks that GDAL keeps
+
+
+def has_rasterio() -> bool:
+    "Tell whether rasterio is installed."
+    return importlib.util.find_spec("rasterio") is not None
 
 
 def require_rasterio(path: str | os.PathLike) -> None:
     "Raise a `ValueError` with the cure if rasterio is missing."
-    try: import rasterio  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            f'{path} is read by windows, which needs rasterio: pip install ".[geo]" in the clone, or choose tile 0'
-        ) from None
+    if has_rasterio(): return
+    cure = 'pip install ".[geo]" in the clone, or choose tile 0'
+    raise ValueError(f"{path} is read by windows, which needs rasterio: {cure}")
 
 
 @contextmanager
@@ -205,3 +194,24 @@ def open_windows(
             if str(error).startswith(str(path)): raise
             raise ValueError(f"{path} cannot be read by windows: {error}, or leave it out.") from error
         with file: yield picture
+
+# %% ../../nbs/28_data.windows.ipynb #e614433c
+def has_place(path: str | os.PathLike) -> bool:
+    "Tell whether a file is a GeoTIFF."
+    try: return GEO_KEYS in (tiff_header(path) or {})
+    except Exception: return False  # decoding the picture reports what is wrong
+
+
+def lonlat(
+    path: str | os.PathLike,  # a GeoTIFF
+    points: np.ndarray,  # N×2, x and y in pixels
+) -> np.ndarray | None:  # N×2, longitude and latitude in degrees, WGS 84; none if the file does not tell
+    "Convert pixels to places on the earth, with rasterio."
+    import rasterio
+    from rasterio.warp import transform
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with rasterio.open(path) as file: system, to_map = file.crs, file.transform
+    if system is None or to_map.is_identity: return None
+    return np.stack(transform(system, "EPSG:4326", *(to_map * (points[:, 0], points[:, 1]))), axis=1)

@@ -175,7 +175,8 @@ def evaluate(
     print(f"{config.role} of width {config.width:g} from {display_path(path)}\n{summary}")
     print(f"test size {config.short_side}, at most {config.max_side}")
     if settings.reduced_decoding: print("JPEGs are decoded no larger than needed")
-    if tiling := tiling_of(settings, config, images): print(f"photographs longer than {tiling.longest} pixels: {tiling}")
+    tiling = tiling_of(settings, config, images)
+    if tiling: print(f"photographs longer than {tiling.longest} pixels: {tiling}")
     print(f"run folder: {display_path(folder)}")
     if state == "finished": print("finished already")
     elif (processes := num_processes(settings.devices)) > 1:

@@ -64,7 +64,8 @@ def with_sides(
     photo_sides = tuple(np.median(np.sort(images.sizes, axis=1), axis=0).astype(int).tolist())
     boxes, usable = usable_boxes(images.boxes, images.sizes[images.owner])
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)[usable & ~images.iscrowd]
-    return replace(config, photo_sides=photo_sides, object_side=float(np.median(np.sqrt(areas))) if len(areas) else None)
+    object_side = float(np.median(np.sqrt(areas))) if len(areas) else None
+    return replace(config, photo_sides=photo_sides, object_side=object_side)
 
 
 def initial_model(plan: Plan) -> tuple[torch.nn.Module, str]:
