@@ -214,4 +214,6 @@ def lonlat(
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         with rasterio.open(path) as file: system, to_map = file.crs, file.transform
     if system is None or to_map.is_identity: return None
-    return np.stack(transform(system, "EPSG:4326", *(to_map * (points[:, 0], points[:, 1]))), axis=1)
+    (columns, rows), (a, b, left, d, e, top) = points.T, to_map[:6]
+    places = transform(system, "EPSG:4326", a * columns + b * rows + left, d * columns + e * rows + top)
+    return np.stack(places, axis=1)
