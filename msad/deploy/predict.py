@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['full_path', 'matching_files', 'image_files', 'left_out', 'PredictSettings', 'fingerprint_files',
-           'describe_prediction', 'is_finished', 'make_results', 'results_text', 'predict']
+           'describe_prediction', 'is_finished', 'choose_tiled', 'tiled_prediction', 'stream_files', 'make_results',
+           'results_text', 'predict']
 
 # %% ../../nbs/77_deploy.predict.ipynb #49e4db0b
 import hashlib
+import itertools
 import math
 import os
+import shutil
 from collections import Counter
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -19,9 +23,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.files import read_json, write_json
-from .predictor import Predictor
+from ..data.windows import has_place, has_rasterio, picture_size, require_rasterio, tiff_header
+from .predictor import Prediction, Predictor
+from .tiles import detect_file, write_geojson
 from ..engine.distributed import resolve_device
 from ..engine.hooks import optional_picture
+from ..evaluation.tiles import Tiling, check_tile, choose_tiling
 from ..models.detector import ModelConfig, set_thresholds
 from ..models.postprocess import Thresholds
 from msad.runs.folders import (
@@ -91,10 +98,13 @@ class PredictSettings:
     nms_thresh: float | None = None  # IoU above which the weaker of two boxes of a class is dropped
     topk_candidates: int | None = None  # kept of each level before NMS
     detections_per_img: int | None = None  # kept after NMS
+    tile: int | str = "auto"  # side of the tiles of large photographs, pixels; "auto": the model's; 0: none
+    overlap: int | None = None  # of tiles, pixels; none: twice the median object that the model learned from
     reduced_decoding: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8 where enough: faster, pixels differ a little
 
     def __post_init__(self):
         check_types(self)
+        check_tile(self.tile, self.overlap)
         if self.min_score > 1:
             raise ValueError(f"min_score is {self.min_score!r}: choose a number from 0 to 1")
 
@@ -110,6 +120,7 @@ def describe_prediction(
     files: list[Path],
     root: Path,  # the folder that the files have in common
     config: ModelConfig,  # of the detector, with the thresholds of this prediction
+    tiling: Tiling | None = None,  # of large photographs, if there are any
 ) -> dict:
     "Describe a prediction for `settings.json`: everything that the result depends on."
     return {
@@ -118,6 +129,7 @@ def describe_prediction(
         "model": {**file_description(detector_file(settings.model)), **config.thresholds._asdict()},
         "width": settings.width,
         "min_score": settings.min_score,
+        "tiles": tiling and f"{tiling.side} pixels, overlap {tiling.overlap}, above {tiling.longest}",
         "reduced_decoding": settings.reduced_decoding,
     }
 
@@ -136,23 +148,73 @@ def is_finished(
     return (folder / "results.json").is_file()
 
 # %% ../../nbs/77_deploy.predict.ipynb #48d5174b
+def choose_tiled(
+    settings: PredictSettings,
+    files: list[Path],
+    config: ModelConfig,  # of the detector
+) -> tuple[Tiling | None, set[Path]]:  # none if no photograph is large; the large ones
+    "Choose the photographs to be tiled. Raises a `ValueError` that names the parameter or file and the cure."
+    tiling = choose_tiling(settings.tile, settings.overlap, config)
+    large = {file for file in files if tiling and tiling.applies(picture_size(file))}
+    for file in large:
+        if tiff_header(file): require_rasterio(file)
+    return (tiling, large) if large else (None, set())
+
+
+def tiled_prediction(
+    predictor: Predictor,
+    file: Path,
+    tiling: Tiling,
+    folder: Path,  # of the tiles that are done
+    min_score: float,
+) -> tuple[Prediction, Prediction]:  # in the photograph, and in a small copy of it, to be drawn
+    "Detect in a large photograph. Raises FileNotFoundError, or ValueError with file and cure."
+    config = predictor.model.config
+    found, size, small = detect_file(predictor, file, tiling, folder, min_score)
+    shrunk = {**found, "boxes": found["boxes"] * (max(small.size) / max(size))}
+    return Prediction(found, file, size, config), Prediction(shrunk, small, (small.height, small.width), config)
+
+
+def stream_files(
+    predictor: Predictor,
+    files: list[Path],
+    tiling: Tiling | None,
+    large: Set[Path],  # of the files
+    tiles: Path,  # folder of the tiles that are done
+    min_score: float,
+) -> Iterator[tuple[Prediction, Prediction] | Exception]:  # as `tiled_prediction`, or why a file cannot be read
+    "Yield the predictions of files, in order; the small ones go through the network together."
+    for is_large, group in itertools.groupby(files, large.__contains__):
+        if not is_large:
+            for found in predictor.stream(group): yield found if isinstance(found, Exception) else (found, found)
+            continue
+        for file in group:
+            place = tiles / hashlib.sha256(os.fsencode(file)).hexdigest()[:16]
+            try: yield tiled_prediction(predictor, file, tiling, place, min_score)
+            except (FileNotFoundError, ValueError) as error: yield error
+
+# %% ../../nbs/77_deploy.predict.ipynb #01ace1ef
 def make_results(
     predictor: Predictor,
     files: list[Path],
     root: Path,  # file names are relative to it
-    pictures: Path,  # folder of the annotated pictures
+    folder: Path,  # gets `pictures/` and `geojson/`, and keeps the tiles that are done in `tiles/`
     min_score: float,  # detections below are left out
+    tiling: Tiling | None = None,  # of large photographs
+    large: Set[Path] = frozenset(),  # of the files
 ) -> dict[str, list]:  # see `results.json` above
     "Detect in files, write annotated pictures, and collect the results as a COCO data set."
     images, annotations, skipped = [], [], []
-    bar = tqdm(predictor.stream(files), total=len(files), desc="detecting", unit="image", mininterval=1)
+    stream = stream_files(predictor, files, tiling, large, folder / "tiles", min_score)
+    bar = tqdm(stream, total=len(files), desc="detecting", unit="image", mininterval=1)
     for file, found in zip(files, bar, strict=True):
         name = file.relative_to(root).as_posix().encode(errors="replace").decode()  # JSON has to be able to write it
         if isinstance(found, Exception):
             skipped.append({"file_name": name, "reason": str(found)})
             continue
-        found = found.above(min_score)
-        with optional_picture(f"{name}.jpg"): found.save(pictures / f"{name}.jpg", min_score)
+        found, drawn = (one.above(min_score) for one in found)
+        with optional_picture(f"{name}.jpg"): drawn.save(folder / "pictures" / f"{name}.jpg", min_score)
+        if has_rasterio() and has_place(file): write_geojson(folder / "geojson" / f"{name}.geojson", file, found)
         height, width = found.size
         images.append({"id": len(images) + 1, "file_name": name, "width": width, "height": height})
         for result in found.to_coco(len(images)):
@@ -191,13 +253,18 @@ def predict(
     set_thresholds(predictor.model, **{name: getattr(settings, name) for name in Thresholds._fields})
     name = files[0].stem if len(files) == 1 else root.name
     folder = full_path(settings.out) if settings.out else (repository() or Path.cwd()) / "runs" / "predict" / name
-    description = describe_prediction(settings, files, root, predictor.model.config)
+    tiling, large = choose_tiled(settings, files, predictor.model.config)
+    description = describe_prediction(settings, files, root, predictor.model.config, tiling)
     finished = is_finished(folder, description)
     print(f"{description['images']}{left_out(settings.images)}, to {display_path(folder)}")
+    if tiling: print(f"{len(large)} of {len(files)} photographs are longer than {tiling.longest} pixels: {tiling}")
+    if not has_rasterio() and any(map(has_place, files)):
+        print('no GeoJSON, since rasterio is missing: pip install ".[geo]" in the clone')
     if finished: print("finished already")
     else:
         write_json(folder / "settings.json", description)
-        results = make_results(predictor, files, root, folder / "pictures", settings.min_score)
+        results = make_results(predictor, files, root, folder, settings.min_score, tiling, large)
         write_json(folder / "results.json", results)
+        shutil.rmtree(folder / "tiles", ignore_errors=True)
     print(results_text(folder))
     return folder

@@ -137,6 +137,7 @@ def make_evaluator(
 def run_coco_eval(
     annotations: str | os.PathLike | COCO,  # annotation file, or its index
     results: list[dict] | str | os.PathLike,  # detections in COCO's format, or a JSON file of them; may be empty
+    limit: int = 100,  # detections of an image that count; more for photographs of thousands of objects
 ) -> ultrafast.COCOeval:  # evaluated, accumulated and summarised
     """Run pycocotools' box evaluation over all images of the annotations; nothing is printed or changed.
 
@@ -145,10 +146,14 @@ def run_coco_eval(
     incomplete, not finite or do not belong together.
     """
     evaluation = make_evaluator(read_truth(annotations), results)
+    evaluation.params.maxDets = [1, 10, limit]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    if limit != 100:  # pycocotools computes the first metric for 100 alone
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]
+        evaluation.stats[0] = precision[precision > -1].mean() if (precision > -1).any() else -1
     return evaluation
 
 # %% ../../nbs/45_evaluation.coco_metrics.ipynb #14b67951

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FUSED_WEIGHT', 'BUILT_ALIKE', 'NUM_LEVELS', 'WHOLE_NUMBERS', 'ROLES', 'detect', 'check_targets', 'check_batch',
            'Detector', 'Views', 'Teacher', 'Student', 'with_tuples', 'config_fields', 'ModelConfig', 'check_values',
-           'check_config', 'build_model', 'set_thresholds', 'scaled_max_side', 'norms_for_all', 'student_of',
-           'set_detector_width', 'other_width', 'cut_detector', 'of_width']
+           'check_sides', 'check_config', 'build_model', 'set_thresholds', 'scaled_max_side', 'norms_for_all',
+           'student_of', 'set_detector_width', 'other_width', 'cut_detector', 'of_width']
 
 # %% ../../nbs/12_models.detector.ipynb #bd7b9907
 import copy
@@ -237,6 +237,8 @@ class ModelConfig:
     nms_thresh: float = 0.6
     topk_candidates: int = 1000
     detections_per_img: int = 100
+    photo_sides: tuple[int, int] | None = None  # medians of short and long side of the photographs it learned from
+    object_side: float | None = None  # median of √(width × height) of their objects, pixels of the photographs
 
     def __post_init__(self): check_config(self)
 
@@ -287,6 +289,18 @@ def check_values(
     if len(numbers) != 6 or not finite or min(colors.std) <= 0 or not isinstance(colors.bgr, bool):
         raise ValueError(f"normalization is {colors!r:.60}: give three means and three deviations above 0")
 
+# %% ../../nbs/12_models.detector.ipynb #3fb6667f
+def check_sides(
+    config: "ModelConfig",
+) -> None:
+    "Raise a `ValueError` for sides of photographs or objects that none can have."
+    sides, side = config.photo_sides, config.object_side
+    whole = isinstance(sides, tuple) and len(sides) == 2 and all(isinstance(one, int) and one > 0 for one in sides)
+    if sides is not None and not whole:
+        raise ValueError(f"photo_sides is {sides!r:.60}: give two whole numbers of pixels, or None")
+    if side is not None and not (isinstance(side, int | float) and 0 < side < 10**6):
+        raise ValueError(f"object_side is {side!r:.60}: give a number of pixels, or None")
+
 # %% ../../nbs/12_models.detector.ipynb #0bf26670
 ROLES = ("teacher", "student")
 
@@ -300,6 +314,7 @@ def check_config(
         if value in choices: continue
         raise ValueError(f"{name} is {value!r:.60}: choose one of {', '.join(map(str, choices))}")
     check_values(config)
+    check_sides(config)
     check_backbone(config.backbone, config.width, config.finest_stride, config.all_widths)
     if config.all_widths and config.role == "teacher":
         raise ValueError("all_widths is True: a teacher has one width; leave it out, or train a student")

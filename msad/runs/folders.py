@@ -128,6 +128,7 @@ ADDED |= {f"recipe.{name}": 0.0 for name in ("scale_jitter", "photometric", "iou
 ADDED |= {"recipe.mosaic_until": 0.7, "recipe.patience": 0}
 ADDED |= {"recipe.empty_images": False, "model.backbone": "slimmable_resnet50", "model.finest_stride": 4}
 ADDED |= {"model.head_norm": "group", "model.separable": False, "model.all_widths": False}
+ADDED |= {"model.photo_sides": None, "model.object_side": None, "tiles": None}
 ADDED |= {f"model.{name}": value for name, value in Thresholds()._asdict().items()}
 ADDED |= {f"{split}_{name}": None for split in ("train", "val") for name in ("annotations", "images")}
 RENAMED = {"recipe.drops": "recipe.milestones", "recipe.distillation_alpha": "recipe.alpha"}

@@ -189,7 +189,7 @@ def check_model(settings: TrainSettings) -> None:
 FROM_ZERO = (
     "workers", "seed", "node_rank", "max_restarts", "warmup", "distillation_warmup", "alpha", "weight_decay",
     "momentum", "max_grad_norm", "ema", "scale_jitter", "photometric", "iou_crop", "mosaic", "mosaic_until", "patience",
-    "score_thresh", "min_score", "nms_thresh",
+    "score_thresh", "min_score", "nms_thresh", "overlap",
 )
 AT_MOST = {"workers": 1024, "seed": 2**63 - 1, **{name: most for name, (_, most) in WHOLE_NUMBERS.items()}}
 
@@ -200,7 +200,7 @@ def check_types(settings: object) -> None:
         value, name = getattr(settings, field.name), field.name
         kinds = get_args(field.type) if get_origin(field.type) is not tuple else (field.type,)
         kind, *others = kinds or (field.type,)
-        if (value is None and type(None) in others) or name == "devices": continue  # `resolve_device` checks those
+        if (value is None and type(None) in others) or name in ("devices", "tile"): continue  # checked elsewhere
         if get_origin(kind) is not tuple: check_value(name, value, kind)
         elif isinstance(value, list | tuple):
             for entry in value: check_value(name, str(entry) if isinstance(entry, Path) else entry, get_args(kind)[0])
