@@ -112,6 +112,8 @@ QUESTIONS = (
     ("Does it help that the fusion chooses?", "student", "even"),
     ("Does the shift help?", "student", "unshifted"),
     ("Does the shift help the teacher?", "teacher", "unshifted-teacher"),
+    ("Do norms for each view help the teacher?", "private-teacher", "teacher"),
+    ("... and its student?", "private", "student"),
 )
 INTERVALS = {"over seeds": "#009E73", "over photographs": "#CC79A7", "over both": "black"}  # with their colors
 
