@@ -247,8 +247,10 @@ def list_runs(settings: TrialsSettings) -> list[Run]:
 
 # %% ../../nbs/91_experiments.trials.ipynb #2611de55
 def read_rows(settings: TrialsSettings) -> list[dict]:
-    "Read the rows of all runs so far."
-    return read_json(settings.file) if settings.file.exists() else []
+    "Read the rows of all runs so far. Raises a `ValueError` for a file that holds something else."
+    rows = read_json(settings.file) if settings.file.exists() else []
+    if isinstance(rows, list): return rows
+    raise ValueError(f"results: {settings.file} holds no list of trials; give another file")
 
 
 def add_row(settings: TrialsSettings, row: dict) -> None:
