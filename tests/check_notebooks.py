@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_NOTEBOOKS = (
-    "train_teacher", "train_student", "evaluate", "predict", "export", "own_data", "analysis", "ablation", "benchmark",
-    "compare",
+    "train_teacher", "train_student", "evaluate", "predict", "export", "own_data", "analysis", "ablation", "compare",
+    "grid", "benchmark",
 )
 
 

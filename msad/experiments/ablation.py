@@ -32,7 +32,7 @@ from ..evaluation.bootstrap import bootstrap
 from ..evaluation.evaluator import evaluate_model, write_evaluation
 from .jobs import check_data, end_of, read_rows, side_by_side, time_left, write_rows
 from .synthetic import write_synthetic
-from .variants import MAIN, VARIANTS, CorrelatedDistillation, compose
+from .variants import MAIN, OPTIONAL, VARIANTS, CorrelatedDistillation, compose
 from ..models.detector import ROLES, ModelConfig, scaled_max_side
 from ..models.distillation import trained_module
 from msad.runs.folders import (
@@ -68,7 +68,7 @@ class AblationSettings:
     precision: str = "fp32"
     seeds: int = 5  # of the teacher and the variants 2, 3, 6 and 10
     other_seeds: int = 3  # of the others
-    variants: Sequence[str] | None = None  # names of those to train, besides what they start from; none: all
+    variants: Sequence[str] | None = None  # names of those to train, besides what they start from; none: 1 to 10
     out: str | None = None  # folder of the runs; none: runs/DATA/ablation under the repository
     results: str | None = None  # file that collects the results; none: results/DATA.json in the repository
     devices: str = "auto"
@@ -111,7 +111,7 @@ def config_of(settings: AblationSettings, class_names: Sequence[str], category_i
 # %% ../../nbs/87_experiments.ablation.ipynb #810ba3e2
 def list_runs(settings: AblationSettings) -> list[tuple[str, int]]:  # name of the variant, seed
     "List all runs in the order in which they are trained."
-    wanted = set(settings.variants or VARIANTS)
+    wanted = set(settings.variants or set(VARIANTS) - set(OPTIONAL))
     wanted |= {VARIANTS[name].parent for name in wanted}
     others = [name for name in VARIANTS if name in wanted and name not in MAIN]
     main = [(name, seed) for seed in range(settings.seeds) for name in MAIN if name in wanted]
