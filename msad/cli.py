@@ -25,7 +25,7 @@ COMMANDS = {
     "train": Command("msad.deploy.ship", "TrainSettings", "ship", "Train a teacher or a student on your data."),
     "evaluate": Command("msad.runs.evaluate", "EvaluateSettings", "evaluate", "Measure a detector by COCO's metrics."),
     "predict": Command("msad.deploy.predict", "PredictSettings", "predict", "Detect objects in photographs."),
-    "export": Command("msad.deploy.onnx", "ExportSettings", "export", "Write a detector as an ONNX file."),
+    "export": Command("msad.deploy.export", "ExportSettings", "export", "Write a detector for ONNX or OpenVINO."),
 }
 
 # %% ../nbs/95_cli.ipynb #ca3d8e24
