@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'PRECISIONS', 'PLACES', 'TOLERANCES', 'MOST_LOST', 'NAMED'
            'calibration_photographs', 'check_detections', 'compare_ap', 'loss_text', 'check_packages', 'exported_path',
            'export']
 
-# %% ../../nbs/81_deploy.export.ipynb #9e875f17
+# %% ../../nbs/81_deploy.export.ipynb #8a431171
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from ..data.images import CocoImages
 from ..data.layouts import find_splits, read_split
 from .onnx import compare_file, onnx_program
 from .openvino import openvino_network, quantized_openvino, save_openvino
-from .quantize import CalibrationViews, layer_errors, quantized_onnx
+from .quantize import CalibrationViews, check_layers, layer_errors, quantized_onnx
 from ..engine.exported import ENDINGS, open_detector, require
 from ..engine.weights import load_model
 from ..evaluation.coco_metrics import evaluate_coco
@@ -32,7 +32,7 @@ from ..runs.evaluate import with_classes_of
 from ..runs.folders import data_folder, detector_file, display_path, read_settings, repository
 from ..runs.settings import check_types, data_beside, val_path
 
-# %% ../../nbs/81_deploy.export.ipynb #1e7b070f
+# %% ../../nbs/81_deploy.export.ipynb #3df4585b
 FORMATS = {"onnx": ".onnx", "openvino": ".xml"}
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -55,7 +55,7 @@ def export_file(
     else: content = onnx_program(model, precision).model_proto.SerializeToString()
     write_atomically(path, lambda file: file.write(content))
 
-# %% ../../nbs/81_deploy.export.ipynb #15a8eed6
+# %% ../../nbs/81_deploy.export.ipynb #e5defb62
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
     "An export to be done. Raises a `ValueError` that names the field."
@@ -97,7 +97,7 @@ class ExportSettings:
         annotations = self.val_annotations or self.train_annotations
         if annotations and self.data is None: object.__setattr__(self, "data", data_beside("trees", annotations))
 
-# %% ../../nbs/81_deploy.export.ipynb #a6790fbb
+# %% ../../nbs/81_deploy.export.ipynb #7b6072ed
 PLACES = ("data", *(f"{part}_{kind}" for part in ("train", "val") for kind in ("split", "annotations", "images")))
 
 
@@ -131,7 +131,7 @@ def calibration_photographs(
         )
     return images
 
-# %% ../../nbs/81_deploy.export.ipynb #3a8e48a9
+# %% ../../nbs/81_deploy.export.ipynb #72c65d86
 # Part of the detections, most pixels and difference of scores, least score.
 TOLERANCES = {
     ("onnx", "fp32"): (1.0, 0.01, 1e-4, 0.0), ("openvino", "fp32"): (1.0, 0.01, 1e-4, 0.0),
@@ -152,7 +152,7 @@ def check_detections(file: Path, model: Detector, settings: ExportSettings, phot
     if agreement.boxes > pixels or agreement.scores > score:
         raise RuntimeError(f"{file} differs from the model, see above: do not use it")
 
-# %% ../../nbs/81_deploy.export.ipynb #a1d938c9
+# %% ../../nbs/81_deploy.export.ipynb #79b9ae45
 MOST_LOST = 1.0  # AP
 NAMED = 3  # layers
 
@@ -185,7 +185,7 @@ def loss_text(
         f"{', '.join(worst)}; leave them in float32 with exclude {' '.join(names)}"
     )
 
-# %% ../../nbs/81_deploy.export.ipynb #c8cf3b1f
+# %% ../../nbs/81_deploy.export.ipynb #82fca52d
 def check_packages(settings: ExportSettings) -> None:
     "Raise an `ImportError` with the cure when a package is missing."
     packages = ["onnxscript", ENDINGS[FORMATS[settings.format]]]
@@ -215,6 +215,7 @@ def export(
     file, settings = exported_path(settings, source), with_places(settings, source)
     model = of_width(load_model(source), settings.width)
     set_thresholds(model, **{name: getattr(settings, name) for name in Thresholds._fields})
+    check_layers(model, settings.exclude)
     photographs, views = CocoImages(read_split(val_path(settings))), ()
     eight = settings.precision == "int8"
     if eight: views = CalibrationViews(model, calibration_photographs(settings, photographs), settings.calibration)

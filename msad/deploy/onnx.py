@@ -124,7 +124,7 @@ def final_detections(
     found = scores > 0
     return gather_rows(boxes, best) * found[..., None], scores, torch.where(found, labels.gather(1, best), -1)
 
-# %% ../../nbs/78_deploy.onnx.ipynb #4202beb6
+# %% ../../nbs/78_deploy.onnx.ipynb #4bbaf11d
 class LevelTowers(nn.ModuleList):
     "A tower for each level of a pyramid, without BatchNorm."
 
