@@ -121,7 +121,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
 
 # --- formats and precisions
 
-# Of the detections of a score from 0.3, nine in ten differ by at most so many pixels of the photograph and so much score.
+# Of detections of a score from 0.3, nine in ten differ by at most so many pixels of the photograph, and so much score.
 NEAR = {
     ("onnx", "fp32"): (0.05, 1e-4), ("onnx", "fp16"): (0.5, 5e-3), ("onnx", "int8"): (8, 0.06),
     ("openvino", "fp32"): (0.05, 1e-4), ("openvino", "fp16"): (4, 0.03), ("openvino", "int8"): (8, 0.06),
@@ -217,7 +217,7 @@ def test_eight_bits_are_calibrated_on_training_photographs():
     images = calibration_photographs(settings, checked)
     views = CalibrationViews(load_model(TREES), images, settings.calibration)
     paths = views.images.paths
-    assert len(views) == len(set(paths)) == 64 and {path.parent.name for path in paths} == {"train2017"}
+    assert len(views) == len(set(paths)) == 64 and {Path(path).parent.name for path in paths} == {"train2017"}
     assert (paths[0], paths[-1]) == (images.paths[0], images.paths[-1])  # spread over all of them
     with pytest.raises(ValueError, match="train_split: 30 photographs of val2017 are in val2017, too"):
         calibration_photographs(replace(settings, train_split="val2017", val_split="val2017"), checked)
@@ -257,7 +257,8 @@ def test_odd_settings_are_answered_with_a_sentence(asked, sentence, tmp_path):
     ("package", "asked", "extra"),
     [
         ("onnxruntime", {}, "export"), ("onnxscript", {"format": "openvino"}, "export"),
-        ("openvino", {"format": "openvino"}, "openvino"), ("nncf", {"format": "openvino", "precision": "int8"}, "openvino"),
+        ("openvino", {"format": "openvino"}, "openvino"),
+        ("nncf", {"format": "openvino", "precision": "int8"}, "openvino"),
     ],
 )
 def test_a_missing_package_is_one_sentence(package, asked, extra, tmp_path, monkeypatch):

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..data.files import write_atomically
@@ -21,7 +20,7 @@ from ..data.images import CocoImages
 from ..data.layouts import find_splits, read_split
 from .onnx import compare_file, onnx_program
 from .openvino import openvino_network, quantized_openvino, save_openvino
-from .quantize import CalibrationViews, check_layers, layer_errors, quantized_onnx
+from .quantize import CalibrationViews, Views, check_layers, layer_errors, quantized_onnx
 from ..engine.exported import ENDINGS, open_detector, require
 from ..engine.weights import load_model
 from ..evaluation.coco_metrics import evaluate_coco
@@ -42,7 +41,7 @@ def export_file(
     path: Path,  # has the ending of the format
     format: str = "onnx",  # one of `FORMATS`
     precision: str = "fp32",  # one of `PRECISIONS`
-    views: Sequence[np.ndarray] = (),  # 1×3×H×W uint8, of training photographs, for int8
+    views: Views = (),  # of training photographs, for int8
     exclude: Sequence[str] = (),  # layers that int8 leaves in float32
     symmetric: bool = False,  # int8 as TensorRT takes it
 ) -> None:
@@ -127,7 +126,8 @@ def calibration_photographs(
     if shared := set(images.paths) & set(checked.paths):
         raise ValueError(
             f"train_split: {len(shared)} photographs of {path.split} are in {checked.split.name}, too, such as "
-            f"{sorted(shared)[0].name}; int8 is calibrated on others than it is judged by, so give another train_split"
+            f"{Path(sorted(shared)[0]).name}; int8 is calibrated on others than it is judged by: give another "
+            "train_split"
         )
     return images
 
@@ -172,7 +172,7 @@ def compare_ap(
 
 def loss_text(
     model: Detector,
-    views: Sequence[np.ndarray],  # training photographs
+    views: Views,  # of training photographs
     lost: float,  # AP
     exclude: Sequence[str],  # left out already
 ) -> str:

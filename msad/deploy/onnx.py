@@ -140,7 +140,8 @@ def level_tower(tower: Tower, level: int) -> nn.Sequential:
         if not isinstance(layer, LevelBatchNorm):
             layers.append(copy.deepcopy(layer))
             continue
-        *before, conv = layers.pop() if isinstance(layers[-1], nn.Sequential) else [layers.pop()]
+        last = layers.pop()
+        *before, conv = list(last) if isinstance(last, nn.Sequential) else [last]
         conv = nn.utils.fusion.fuse_conv_bn_eval(conv, layer[level])
         layers.append(nn.Sequential(*before, conv) if before else conv)
     return nn.Sequential(*layers)

@@ -5,22 +5,20 @@
 # %% auto #0
 __all__ = ['openvino_network', 'save_openvino', 'outside_network', 'quantized_openvino']
 
-# %% ../../nbs/80_deploy.openvino.ipynb #2461f547
+# %% ../../nbs/80_deploy.openvino.ipynb #c531508d
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..data.files import write_atomically
 from .onnx import onnx_program
-from .quantize import excluded, quiet
+from .quantize import Views, excluded, quiet
 from ..engine.exported import require
 from ..models.detector import Detector
 
-# %% ../../nbs/80_deploy.openvino.ipynb #03bd5ddf
+# %% ../../nbs/80_deploy.openvino.ipynb #a856280d
 def openvino_network(
     model: Detector,  # in evaluation mode
     precision: str = "fp32",  # which the file states: "fp32", "fp16" or "int8"
@@ -50,7 +48,7 @@ def save_openvino(
             content = (Path(folder) / "network").with_suffix(ending).read_bytes()
             write_atomically(path.with_suffix(ending), lambda file, content=content: file.write(content))
 
-# %% ../../nbs/80_deploy.openvino.ipynb #f9dcf3ee
+# %% ../../nbs/80_deploy.openvino.ipynb #02a5b707
 def outside_network(
     network: Any,  # OpenVINO's Model
 ) -> list[str]:  # names of operations
@@ -72,7 +70,7 @@ def outside_network(
 
 def quantized_openvino(
     model: Detector,  # in evaluation mode
-    views: Sequence[np.ndarray],  # 1×3×H×W uint8, of training photographs
+    views: Views,  # of training photographs
     exclude: Sequence[str] = (),  # layers that stay in float32
 ) -> Any:  # OpenVINO's Model
     "Quantise a detector with NNCF. Raises `ImportError` or `ValueError`."
