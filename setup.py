@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
-extras = {name: settings[f"{name}_requirements"].split() for name in ("export", "geo", "pretrained")}
+extras = {name: settings[f"{name}_requirements"].split() for name in ("export", "geo", "openvino", "pretrained")}
 
 setup(
     name=settings["lib_name"],
@@ -23,7 +23,7 @@ setup(
     install_requires=settings["requirements"].split(),
     extras_require={
         **extras,
-        "dev": [*settings["dev_requirements"].split(), *extras["export"], *extras["geo"], *extras["pretrained"]],
+        "dev": [*settings["dev_requirements"].split(), *(package for extra in extras.values() for package in extra)],
     },
     entry_points={"console_scripts": ["msad = msad.cli:main"]},
 )

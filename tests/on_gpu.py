@@ -520,24 +520,23 @@ def fed() -> dict:
 
 def serving() -> dict:
     "ONNX Runtime's CUDA provider takes the exported student, and finds what the model finds."
-    import onnxruntime
-
     from msad.data.images import CocoImages
     from msad.data.transforms import EvalTransform
-    from msad.deploy.onnx import TOLERANCES, compare_onnx, export_onnx
+    from msad.deploy.export import TOLERANCES
+    from msad.deploy.onnx import compare_file, export_onnx
+    from msad.engine.exported import runs_on
     from msad.engine.weights import load_model
 
-    known = onnxruntime.get_available_providers()
-    providers = [("CUDAExecutionProvider", {"use_tf32": 0})] if "CUDAExecutionProvider" in known else []
-    providers.append("CPUExecutionProvider")
+    device = "cuda" if runs_on(Path("student.onnx"), torch.device("cuda")) and torch.cuda.is_available() else "cpu"
     model, photographs = load_model(ROOT / "models/trees.pth").eval(), CocoImages(ROOT / "data/trees", "val2017")
     size = EvalTransform(model.config.short_side, model.config.max_side)
-    found = {"providers": str(providers), "rows": []}
+    found = {"device": device, "rows": []}
     images = [model.own_view(size(*photographs[number])[0]) for number in range(8)]
     with tempfile.TemporaryDirectory() as folder:
-        for precision, (part, pixels, score) in TOLERANCES.items():
+        for precision in ("fp32", "fp16"):
+            part, pixels, score, _ = TOLERANCES["onnx", precision]
             file = export_onnx("trees", Path(folder) / f"{precision}.onnx", precision=precision)
-            agreement = compare_onnx(file, model, images, part, providers)
+            agreement = compare_file(file, model, images, part, device)
             holds = agreement.model > 0 and agreement.boxes < pixels and agreement.scores < score
             found["rows"].append({"precision": precision, **agreement._asdict(), "holds": holds})
     return {"holds": all(row["holds"] for row in found["rows"]), **found}

@@ -8,7 +8,7 @@ import torch
 from conftest import write_coco
 from PIL import Image
 
-from msad.deploy.onnx import ExportSettings, export
+from msad.deploy.export import ExportSettings, export
 from msad.deploy.predictor import Predictor
 from msad.engine.weights import load_model, load_weights, read_weights, save_model
 from msad.models.backbone import BACKBONES

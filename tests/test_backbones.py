@@ -8,7 +8,7 @@ import torch
 from conftest import write_coco
 
 from msad.data.images import CocoImages
-from msad.deploy.onnx import compare_onnx, export_onnx
+from msad.deploy.onnx import compare_file, export_onnx
 from msad.engine.distributed import synchronize_norms
 from msad.engine.recipe import Recipe, make_optimizer
 from msad.engine.trainer import make_scaler, set_training, train_step
@@ -95,7 +95,7 @@ def test_the_file_finds_the_same(tmp_path, name, looks):
     save_model(tmp_path / "model.pth", model)
     file = export_onnx(tmp_path / "model.pth", tmp_path / "model.onnx")
     pictures = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((48, 64), (33, 50))]
-    agreement = compare_onnx(file, model, pictures)
+    agreement = compare_file(file, model, pictures)
     assert agreement.model == agreement.file > 0
     assert agreement.boxes < 0.01 and agreement.scores < 1e-4
 

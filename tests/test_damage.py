@@ -21,7 +21,7 @@ from PIL import Image
 
 from msad.data.images import CocoImages
 from msad.data.summary import check_data
-from msad.deploy.onnx import ExportSettings
+from msad.deploy.export import ExportSettings
 from msad.deploy.predict import PredictSettings
 from msad.deploy.predictor import as_photograph
 from msad.engine.weights import load_model, load_weights, read_weights, save_model

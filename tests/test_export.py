@@ -1,8 +1,12 @@
-"An exported detector, run where there is no PyTorch, against the model it was made of."
+"An exported detector in each format and precision, against the model it was made of, and where there is no PyTorch."
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +14,23 @@ import torch
 from conftest import write_coco
 from test_notebooks import papermill, texts
 
+from msad.data.images import CocoImages
+from msad.data.layouts import read_split
+from msad.deploy.export import FORMATS, PRECISIONS, ExportSettings, calibration_photographs, export, with_places
 from msad.deploy.onnx import export_onnx
+from msad.deploy.predict import PredictSettings, predict
+from msad.deploy.predictor import Prediction, Predictor
+from msad.deploy.quantize import CalibrationViews
 from msad.engine.published import coco_classes
 from msad.engine.weights import load_model, save_model
 from msad.models.detector import ModelConfig, build_model
+from msad.runs.evaluate import EvaluateSettings, evaluate
+from msad.runs.folders import detector_file
+from msad.runs.settings import val_path
 
-pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+TREES = ROOT / "models" / "trees.pth"
+PHOTOGRAPHS = sorted((ROOT / "data/trees/val2017").glob("*.jpg"))
 
 # None of them has the size or the number that the export was made with.
 SIZES = ((1, 96, 128), (3, 97, 61), (2, 1, 1), (1, 33, 300), (4, 64, 64))
@@ -61,11 +76,13 @@ def exported(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_one_small_file(exported):
     (file,) = (exported / "new").iterdir()
     assert file.name == "student.onnx" and file.stat().st_size < 42e6
 
 
+@pytest.mark.slow
 def test_the_file_alone_finds_what_the_model_finds(exported, tmp_path):
     rng = np.random.default_rng(0)
     pictures = {"x".join(map(str, s)): rng.integers(0, 256, (s[0], 3, *s[1:]), np.uint8) for s in SIZES}
@@ -98,3 +115,166 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         export_onnx(tmp_path, tmp_path / "model_final.pth")
     with pytest.raises(FileNotFoundError, match="model: there is no file"):
         export_onnx(tmp_path / "nothing", tmp_path / "student.onnx")
+    with pytest.raises(ValueError, match="precision is 'int8': choose"):
+        export_onnx(tmp_path, tmp_path / "student.onnx", precision="int8")
+
+
+# --- formats and precisions
+
+# Of detections of a score from 0.3, nine in ten differ by at most so many pixels of the photograph, and so much score.
+NEAR = {
+    ("onnx", "fp32"): (0.05, 1e-4), ("onnx", "fp16"): (0.5, 5e-3), ("onnx", "int8"): (8, 0.06),
+    ("openvino", "fp32"): (0.05, 1e-4), ("openvino", "fp16"): (4, 0.03), ("openvino", "int8"): (8, 0.06),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    "A file of the bundled student by format and precision, written when it is asked for; and what was printed."
+    folder, made = tmp_path_factory.mktemp("formats"), {}
+
+    def file(form, precision, capsys):
+        if (form, precision) not in made:
+            path = folder / f"{precision}{FORMATS[form]}"
+            asked = dict(format=form, precision=precision, out=str(path), calibration=16, num_images=4, compare=False)
+            capsys.readouterr()
+            made[form, precision] = export(ExportSettings(**asked)), capsys.readouterr().out
+        return made[form, precision]
+
+    return file
+
+
+def apart(found, others):
+    "How far detections of one class are from the nearest others: sides, and scores."
+    pairs = (found["boxes"][:, None] - others["boxes"]).abs().amax(2)
+    nearest = pairs.argmin(1)
+    return pairs.amin(1), (found["scores"] - others["scores"][nearest]).abs()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_each_format_and_precision_finds_the_same(files, form, precision, capsys):
+    path, printed = files(form, precision, capsys)
+    assert "MB" in printed and "boxes differ by at most" in printed
+    weights, exported = Predictor("trees"), Predictor(path, threads=1)
+    assert (exported.precision, exported.model.config) == (precision, weights.model.config)
+    theirs, ours = weights(PHOTOGRAPHS[:6]), exported(PHOTOGRAPHS[:6])
+    assert all(type(found) is Prediction for found in ours)
+    sides, scores = zip(*(apart(one.above(0.3), other) for one, other in zip(theirs, ours, strict=True)), strict=True)
+    sides, scores = torch.cat(sides).sort().values, torch.cat(scores).sort().values
+    assert len(sides) > 10
+    most, difference = NEAR[form, precision]
+    place = int(0.9 * (len(sides) - 1))
+    assert sides[place] < most and scores[place] < difference
+
+
+@pytest.mark.slow
+def test_sizes_of_files(files, capsys):
+    size = {key: sum(p.stat().st_size for p in {files(*key, capsys)[0], files(*key, capsys)[0].with_suffix(".bin")}
+                     if p.is_file()) for key in NEAR}
+    for form in FORMATS:
+        assert size[form, "fp16"] < 0.6 * size[form, "fp32"] and size[form, "int8"] < 0.4 * size[form, "fp32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMATS)
+def test_exported_files_are_evaluated_and_predict(files, form, capsys, tmp_path):
+    path, _ = files(form, "fp32", capsys)
+    asked = dict(devices="cpu", workers=0)
+    folders = [evaluate(EvaluateSettings(model=str(m), out=str(tmp_path / name), **asked))
+               for name, m in (("weights", TREES), ("file", path))]
+    ours, theirs = (json.loads((folder / "metrics.json").read_text())["AP"] for folder in folders)
+    assert theirs == pytest.approx(ours, abs=0.05)
+    with pytest.raises(ValueError, match="nms_thresh is 0.5 and .* has 0.6 inside"):
+        evaluate(EvaluateSettings(model=str(path), nms_thresh=0.5, out=str(tmp_path / "other"), **asked))
+    out = predict(PredictSettings(model=str(path), images=str(PHOTOGRAPHS[1]), out=str(tmp_path / "predictions")))
+    assert json.loads((out / "results.json").read_text())["categories"] == [{"id": 1, "name": "tree"}]
+
+
+@pytest.mark.slow
+def test_a_layer_that_eight_bits_spoil_is_named_and_left_out(tmp_path, capsys):
+    model = load_model(TREES)
+    body = model.backbone.stages[0][0].body
+    with torch.no_grad():  # the same network, but one channel leaves the others few of the 256 steps
+        for values in (body[1].weight, body[1].bias): values[0] *= 3000
+        body[3].weight[:, 0] /= 3000
+    save_model(tmp_path / "model.pth", model)
+    asked = dict(model=str(tmp_path / "model.pth"), precision="int8", data="trees", calibration=16)
+    export(ExportSettings(**asked))
+    printed = capsys.readouterr().out
+    assert re.search(r"AP \d+\.\d of the model, \d+\.\d of the file, on 30 photographs", printed)
+    assert "warning: int8 costs" in printed
+    exclude = tuple(printed.split("with exclude ")[1].split())
+    assert exclude[0] == "backbone.stages.0.0.body.3"
+    export(ExportSettings(**asked, exclude=exclude[0]))
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_eight_bits_are_calibrated_on_training_photographs():
+    settings = with_places(ExportSettings(precision="int8"), detector_file("trees"))
+    checked = CocoImages(read_split(val_path(settings)))
+    images = calibration_photographs(settings, checked)
+    views = CalibrationViews(load_model(TREES), images, settings.calibration)
+    paths = views.images.paths
+    assert len(views) == len(set(paths)) == 64 and {Path(path).parent.name for path in paths} == {"train2017"}
+    assert (paths[0], paths[-1]) == (images.paths[0], images.paths[-1])  # spread over all of them
+    with pytest.raises(ValueError, match="train_split: 30 photographs of val2017 are in val2017, too"):
+        calibration_photographs(replace(settings, train_split="val2017", val_split="val2017"), checked)
+
+
+def test_a_run_knows_its_data(tmp_path):
+    shutil.copy(TREES, tmp_path / "model_final.pth")
+    settings = ExportSettings(model=str(tmp_path), precision="int8")
+    with pytest.raises(ValueError, match="data is missing: int8 is calibrated on photographs"): export(settings)
+    run = {"data": str(ROOT / "tests/layouts"), "train_split": "train", "val_split": "val"}
+    (tmp_path / "settings.json").write_text(json.dumps(run))
+    found = with_places(settings, tmp_path / "model_final.pth")
+    assert {name: getattr(found, name) for name in run} == run
+    assert with_places(replace(settings, data="trees"), tmp_path / "model_final.pth").train_split is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"format": "caffe"}, 'format is \'caffe\': choose one of "onnx", "openvino"'),
+        ({"precision": "int4"}, 'precision is \'int4\': choose one of "fp32", "fp16", "int8"'),
+        ({"exclude": ["head"]}, "exclude is given and precision is fp32: it is of int8"),
+        ({"symmetric": True}, "symmetric is given and precision is fp32: it is of int8"),
+        ({"calibration": 0}, "calibration is 0: choose a whole number from 1 on"),
+        ({"format": "openvino", "out": "student.onnx"}, "give a file whose name ends in .xml, or another format"),
+        ({"precision": "int8", "exclude": ["hed.cls_logits"]}, "is no layer of the model; there are head.cls_logits"),
+        ({"precision": "int8", "data": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_odd_settings_are_answered_with_a_sentence(asked, sentence, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError)) as raised:
+        export(ExportSettings(**{"out": str(tmp_path / "student.onnx"), **asked}))
+    assert sentence in str(raised.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "asked", "extra"),
+    [
+        ("onnxruntime", {}, "export"), ("onnxscript", {"format": "openvino"}, "export"),
+        ("openvino", {"format": "openvino"}, "openvino"),
+        ("nncf", {"format": "openvino", "precision": "int8"}, "openvino"),
+    ],
+)
+def test_a_missing_package_is_one_sentence(package, asked, extra, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError) as raised: export(ExportSettings(out=str(tmp_path / "student.onnx"), **asked))
+    assert str(raised.value) == f'the export needs {package}: pip install ".[{extra}]" in the clone'
+
+
+@pytest.mark.parametrize("name", ["file.onnx", "file.xml"])
+def test_files_that_are_not_ours_are_refused(name, tmp_path, monkeypatch):
+    (tmp_path / name).write_text("no network")
+    with pytest.raises(ValueError, match=f"model: .*{name} does not open"): Predictor(tmp_path / name)
+    with pytest.raises(ValueError, match='device is "cuda"|has 0 GPUs'): Predictor(tmp_path / name, device="cuda")
+    with pytest.raises(ValueError, match="threads is 0: choose a whole number"): Predictor(tmp_path / name, threads=0)
+    with pytest.raises(ValueError, match="is exported already; give the weights"):
+        export(ExportSettings(model=str(tmp_path / name), out=str(tmp_path / "student.onnx")))
+    package = {"file.onnx": "onnxruntime", "file.xml": "openvino"}[name]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"{name} needs {package}: pip install"): Predictor(tmp_path / name)

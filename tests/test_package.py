@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import msad
-from msad.deploy.onnx import ExportSettings
+from msad.deploy.export import ExportSettings
 from msad.deploy.predict import PredictSettings
 from msad.runs.comparison import AnalysisSettings
 from msad.runs.evaluate import EvaluateSettings
@@ -32,7 +32,7 @@ FROM_WHEEL = """
 import importlib, pkgutil, sys
 from pathlib import Path
 
-ABSENT = ("nbdev", "fastcore", "execnb", "IPython", "onnx", "onnxscript", "onnxruntime")
+ABSENT = ("nbdev", "fastcore", "execnb", "IPython", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
 sys.modules.update({name: None for name in ABSENT})  # importing them fails
 target = Path(sys.argv[1]).resolve()
 import msad

@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 from msad.data.annotations import read_annotations
 from msad.data.images import read_image
 from msad.data.transforms import EvalTransform
-from msad.deploy.onnx import ExportSettings
+from msad.deploy.export import ExportSettings
 from msad.deploy.predict import PredictSettings, image_files, predict, results_text
 from msad.deploy.predictor import BATCH_SIZE, Prediction, Predictor
 from msad.deploy.winograd import WinogradConv

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -27,9 +28,10 @@ from ..data.windows import has_place, has_rasterio, picture_size, require_raster
 from .predictor import Prediction, Predictor
 from .tiles import detect_file, write_geojson
 from ..engine.distributed import resolve_device
+from ..engine.exported import choose_thresholds, runs_on
 from ..engine.hooks import optional_picture
 from ..evaluation.tiles import Tiling, check_tile, choose_tiling
-from ..models.detector import ModelConfig, set_thresholds
+from ..models.detector import ModelConfig
 from ..models.postprocess import Thresholds
 from msad.runs.folders import (
     data_folder,
@@ -90,7 +92,7 @@ class PredictSettings:
     "A prediction to be made. Raises a `ValueError` that names the field."
 
     images: str | None = None  # file, folder, or pattern such as "photographs/**/*.jpg"; none: bundled photographs
-    model: str | None = None  # run folder, file (ours or published), or bundled weights by name; none: "trees"
+    model: str | None = None  # run folder, file (ours, published or exported), or bundled name; none: "trees"
     out: str | None = None  # folder, new or empty; none: runs/predict/NAME under the repository
     width: float | None = None  # of a detector of all widths; none: its widest
     min_score: float = 0.45  # detections of a lower score are left out of pictures and results
@@ -247,10 +249,10 @@ def predict(
     """
     weights = detector_file(settings.model)
     files, root = image_files(settings.images)
-    predictor = Predictor(
-        weights, resolve_device("auto"), reduced_decoding=settings.reduced_decoding, width=settings.width
-    )
-    set_thresholds(predictor.model, **{name: getattr(settings, name) for name in Thresholds._fields})
+    device = resolve_device("auto")
+    if not runs_on(weights, device): device = torch.device("cpu")
+    predictor = Predictor(weights, device, reduced_decoding=settings.reduced_decoding, width=settings.width)
+    choose_thresholds(predictor.model, **{name: getattr(settings, name) for name in Thresholds._fields})
     name = files[0].stem if len(files) == 1 else root.name
     folder = full_path(settings.out) if settings.out else (repository() or Path.cwd()) / "runs" / "predict" / name
     tiling, large = choose_tiled(settings, files, predictor.model.config)

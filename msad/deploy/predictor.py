@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Picture', 'BATCH_SIZE', 'array_photograph', 'tensor_photograph', 'pillow_photograph', 'as_photograph',
            'annotated_figure', 'to_jpeg', 'Prediction', 'read_photograph', 'detect_photographs', 'checked_device',
-           'prepare_detector', 'read_or_error', 'is_one_picture', 'predict_batch', 'without_errors', 'Predictor']
+           'prepare_detector', 'set_pad', 'read_or_error', 'is_one_picture', 'predict_batch', 'without_errors',
+           'Predictor']
 
 # %% ../../nbs/76_deploy.predictor.ipynb #02ef5ccd
 import io
@@ -22,15 +23,16 @@ from torch import Tensor
 from ..data.files import write_atomically
 from ..data.images import as_pixels, read_image, read_image_and_size, resize, resized_size, upright_rgb
 from .winograd import winograd_form
+from ..engine.exported import ExportedDetector, choose_thresholds, open_detector
 from ..engine.trainer import AUTOCAST
-from ..engine.weights import load_model
 from ..evaluation.coco_metrics import to_coco
 from ..evaluation.errors import SHOWN_SCORE
 from ..evaluation.inference import scale_back
 from ..evaluation.pictures import draw_boxes
-from ..models.detector import Detector, ModelConfig, detect, of_width, set_thresholds
+from ..models.detector import Detector, ModelConfig, of_width
 from ..models.transform import InputTransform
 from ..runs.folders import detector_file, shorten
+from ..runs.settings import check_value
 
 # %% ../../nbs/76_deploy.predictor.ipynb #ac3dfab4
 def array_photograph(array: np.ndarray) -> Image.Image:
@@ -167,9 +169,9 @@ def detect_photographs(
     "Resize photographs to the detector's test size, detect objects, and scale the boxes back."
     resized = [resized_size(*size, model.config.short_side, model.config.max_side) for size in sizes]
     views = [resize(as_pixels(image), size) for image, size in zip(photographs, resized, strict=True)]
-    device = next(model.parameters()).device.type
+    device = model.transform.mean.device.type
     with torch.autocast(device, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
-        detections = detect(model, [model.own_view(view) for view in views], model.view)
+        detections = model([model.own_view(view) for view in views], view=model.view)
     scaled, shrink = [], 1 if model.view == "high" else 2
     for found, size, original in zip(detections, resized, sizes, strict=True):
         found = scale_back({**found, "boxes": shrink * found["boxes"]}, size, original)
@@ -192,10 +194,23 @@ def prepare_detector(
     precision: str,  # of the network: "fp32", "bf16" or "fp16"
 ) -> Detector:  # in evaluation mode
     "Bring a detector to a device, in the form that is fastest there. Raises a `ValueError` for an unknown precision."
+    if isinstance(model, ExportedDetector):
+        if precision in ("fp32", model.precision): return model
+        raise ValueError(f'precision is {precision!r} and {model.path} is of "{model.precision}": leave precision out')
     if precision not in ("fp32", *AUTOCAST):
         raise ValueError(f'precision is {precision!r}: choose "fp32", "bf16" or "fp16"')
     if device.type == "cpu" and precision == "fp32": return winograd_form(model)
     return model.eval().to(device, memory_format=torch.channels_last)
+
+# %% ../../nbs/76_deploy.predictor.ipynb #45e13ceb
+def set_pad(
+    model: Detector,
+    pad: int,  # sides of the padded high view are multiples of this
+) -> None:
+    "Change the padding of a detector. Raises a `ValueError` for an exported one that has another inside."
+    if not isinstance(model, ExportedDetector): model.transform = InputTransform(model.config.normalization, pad)
+    elif pad != model.config.pad:
+        raise ValueError(f"pad is {pad!r:.60} and {model.path} has {model.config.pad} inside: leave it out")
 
 # %% ../../nbs/76_deploy.predictor.ipynb #5f19d019
 def read_or_error(
@@ -242,17 +257,21 @@ class Predictor:
 
     def __init__(
         self,
-        model: str | os.PathLike | None = None,  # run folder, file (ours or published) or bundled name; none: "trees"
+        model: str | os.PathLike | None = None,  # run folder, any file (exported ones too), bundled name; none: "trees"
         device: str | torch.device = "cpu",  # such as "cpu" or "cuda"
         precision: str = "fp32",  # of the network: "fp32", "bf16" or "fp16"
         pad: int | None = None,  # sides of the padded high view are multiples of this; none: the model's own
         reduced_decoding: bool = False,  # JPEG files are decoded no larger than needed: faster, pixels differ a little
         width: float | None = None,  # of a detector of all widths; none: its widest
+        threads: int | None = None,  # on a CPU; PyTorch has one number for all its work; none: as PyTorch
     ):
         self.device, self.precision, self.reduced_decoding = checked_device(device), precision, reduced_decoding
-        self.whole = self.model = load_model(detector_file(model))
-        if pad is not None: self.whole.transform = InputTransform(self.whole.config.normalization, pad)
+        if threads is not None: check_value("threads", threads, int)
+        self.whole = self.model = open_detector(detector_file(model), self.device, threads)
+        if threads and not isinstance(self.whole, ExportedDetector): torch.set_num_threads(threads)
+        if pad is not None: set_pad(self.whole, pad)
         self.width = width
+        if isinstance(self.whole, ExportedDetector): self.precision = self.whole.precision
 
     @property
     def width(self) -> float:
@@ -262,7 +281,7 @@ class Predictor:
     @width.setter
     def width(self, width: float | None) -> None:
         model = of_width(self.whole, width)
-        set_thresholds(model, **self.model.config.thresholds._asdict())
+        choose_thresholds(model, **self.model.config.thresholds._asdict())
         self.model = prepare_detector(model, self.device, self.precision)
 
     def __call__(self, images: Picture | Iterable[Picture]) -> Prediction | list[Prediction]:

@@ -48,7 +48,7 @@ def detect_dataset(
     leave_bar: bool = True,  # whether the progress bar stays when it is done
 ) -> tuple[list[dict], float]:  # COCO results of all images by ascending image id, median seconds an image
     "Detect in every image of a data set, in one or several processes, and measure the time an image takes."
-    device = next(model.parameters()).device
+    device = model.transform.mean.device  # an exported detector has no parameters
     model.eval()
     transform = EvalTransform(short_side, max_side)
     loader = eval_loader(images, transform, batch_size, workers, model.transform.pad, rank(), world_size())

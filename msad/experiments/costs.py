@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..data.files import write_atomically
 from ..data.table import Table
-from ..deploy.onnx import export_onnx, require
+from ..deploy.onnx import export_onnx
 from ..deploy.winograd import winograd_form
+from ..engine.exported import require
 from ..engine.weights import save_model
 from ..evaluation.capacity import detector_flops
 from .timing import in_turns

@@ -138,8 +138,9 @@ DISTILLATION = {"recipe.distillation_share": 0.25, "recipe.distillation_until": 
 
 
 def file_description(path: Path) -> dict:
-    "Describe a file of weights for `settings.json`."
-    return {"file": display_path(path), "sha256": fingerprint(path) if path.is_file() else None}
+    "Describe a file of weights for `settings.json`; OpenVINO's weights lie beside its file."
+    content = path.with_suffix(".bin") if path.suffix == ".xml" else path
+    return {"file": display_path(path), "sha256": fingerprint(content) if content.is_file() else None}
 
 
 def flat(value: object, name: str = "") -> dict[str, object]:
