@@ -329,3 +329,77 @@ def test_a_distillation_that_outweighs_the_detection_losses_is_told():
         warnings.simplefilter("error")
         warn_of_share([{"distillation_share": 0.25}] * 3)
         warn_of_share([{}])
+
+
+# --- photographs without boxes
+
+
+def write_unlabelled(root, count=5):
+    "A folder of photographs, some of them in a folder of their own and upright."
+    write_coco(root / "more", "wide", images=count - 1)
+    write_coco(root / "more", "high", images=1, size=(64, 96))
+    return str(root / "more")
+
+
+def test_unlabelled_photographs_count_for_the_distillation_alone(tmp_path):
+    asked = student(tmp_path, "run", unlabelled=write_unlabelled(tmp_path), iterations=5)
+    plan = prepare(asked)
+    assert f"unlabelled: 5 photographs in {tmp_path}/more, 1 with each batch, for the distillation alone" in str(plan)
+    folder = train(asked)
+    plain = train(student(tmp_path, "plain", iterations=5))
+    ours, theirs = read_log(folder), read_log(plain)
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"])  # the teacher is not asked: the labelled ones alone
+    assert ours[1]["loss_kd"] != pytest.approx(theirs[1]["loss_kd"], rel=1e-6)
+    assert all(0 <= row["distillation_share"] < 0.2501 for row in ours) and ours[-1]["loss_kd"] == 0
+    assert prepare(asked).state == "finished"
+
+    # Another place, the same photographs; then one less.
+    shutil.copytree(tmp_path / "more", tmp_path / "moved")
+    moved = replace(asked, unlabelled=str(tmp_path / "moved"))
+    assert prepare(moved).state == "finished"
+    (tmp_path / "moved" / "wide" / "1.jpg").unlink()
+    with pytest.raises(ValueError, match="unlabelled: .*/more there, .*/moved now"): prepare(moved)
+    (tmp_path / "more" / "wide" / "1.jpg").unlink()
+    with pytest.raises(ValueError, match="the image names and image sizes of unlabelled changed since|of unlabelled"):
+        prepare(asked)
+    with pytest.raises(ValueError, match="unlabelled: .* there, None now"): prepare(replace(asked, unlabelled=None))
+
+
+def test_unlabelled_photographs_come_in_the_same_order_after_a_break(tmp_path):
+    given = dict(unlabelled=write_unlabelled(tmp_path), distillation_until=1.0, batch_size=4, accumulate=2)
+    whole, again = train(student(tmp_path, "whole", **given)), tmp_path / "again"
+    shutil.copytree(whole, again)
+    for kept in ("checkpoints/00000004.pth", "metrics.json", "model_final.pth"): (again / kept).unlink()
+    train(student(tmp_path, "again", **given))
+    there, here = ([row["loss"] for row in read_log(folder)] for folder in (whole, again))
+    assert here == pytest.approx(there, rel=1e-6) and len(here) == 4
+
+
+def test_unlabelled_photographs_that_cannot_be_used(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "1.jpg").write_text("no picture")
+    for folder, error, message in (
+        ("nowhere", FileNotFoundError, "unlabelled: there is no folder .*/nowhere: name another"),
+        ("empty", FileNotFoundError, "unlabelled: there is no photograph in .*/empty: put some there, or name another"),
+        ("bad", ValueError, "bad/1.jpg is no image"),
+    ):
+        with pytest.raises(error, match=message): prepare(student(tmp_path, "run", unlabelled=str(tmp_path / folder)))
+    for given, message in (
+        (dict(distillation="none"), "unlabelled is photographs and distillation none, which does not have it"),
+        (dict(distillation="fgd"), "unlabelled is given and distillation fgd, which needs boxes"),
+        (dict(teacher="without"), 'unlabelled is given and teacher "without"'),
+        (dict(role="teacher"), "unlabelled is 'photographs': only a student has a distillation"),
+        (dict(unlabelled=3), "unlabelled is 3: write a text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainSettings(**{"role": "student", "unlabelled": "photographs", **given})
+    assert TrainSettings(role="student", distillation="none", teacher="without").distillation == "none"
+
+
+def test_masks_leave_unlabelled_photographs_out():
+    teacher, imitation = make_teacher(), make_imitation("fgd", 32, 32)
+    ours, theirs = make_side(teacher, 0), make_side(teacher, 1)
+    first = assign_targets(make_locations(theirs.features), BOXES[:1])
+    one = [Side([level[:1] for level in side.features], side.head) for side in (ours, theirs)]
+    assert imitation(ours, theirs, first).item() == pytest.approx(imitation(*one, first).item(), rel=1e-5)

@@ -217,7 +217,7 @@ def timed(*command) -> float:
 
 
 SETTINGS = {
-    "train_teacher": (TrainSettings, {"role", "teacher", "all_widths", *DISTILLATION}),
+    "train_teacher": (TrainSettings, {"role", "teacher", "unlabelled", "all_widths", *DISTILLATION}),
     "train_student": (TrainSettings, {"role"}),
     "evaluate": (EvaluateSettings, set()),
     "predict": (PredictSettings, set()),

@@ -9,7 +9,7 @@ __all__ = ['TURNS', 'TRAIN', 'VAL', 'LAYOUTS', 'REST', 'HELD_OUT', 'Split', 'pla
            'yolo_places', 'yolo_classes', 'read_lines', 'yolo_images', 'label_file', 'read_label_file', 'read_yolo',
            'coco_dataset', 'voc_files', 'VocFile', 'read_voc_file', 'first_pixel', 'coco_box', 'read_voc', 'Layout',
            'find_layout', 'groups_of_copies', 'part_of', 'without_classes', 'hold_out', 'SplitPath', 'read_split',
-           'read_splits', 'pick', 'only', 'find_splits', 'shares_of']
+           'read_splits', 'pick', 'only', 'find_splits', 'shares_of', 'read_unlabelled']
 
 # %% ../../nbs/22_data.layouts.ipynb #c9ce49b0
 import os
@@ -633,3 +633,18 @@ def find_splits(
 def shares_of(path: SplitPath) -> tuple[SplitPath, SplitPath]:
     "Name the two shares of a split."
     return replace(path, split=path.split + REST), replace(path, split=path.split + HELD_OUT)
+
+# %% ../../nbs/22_data.layouts.ipynb #49da62e8
+def read_unlabelled(
+    folder: Path,  # of photographs
+) -> Split:
+    "Read photographs without boxes. Raises FileNotFoundError or ValueError with the folder or file and the cure."
+    if not folder.is_dir(): raise FileNotFoundError(f"unlabelled: there is no folder {folder}: name another.")
+    if not (paths := yolo_images([folder])):
+        raise FileNotFoundError(f"unlabelled: there is no photograph in {folder}: put some there, or name another.")
+    with ThreadPoolExecutor() as pool: sizes = list(pool.map(image_size, paths))
+    entries = [
+        {"id": number, "file_name": str(path.relative_to(folder)), "height": height, "width": width}
+        for number, (path, (height, width)) in enumerate(zip(paths, sizes, strict=True), 1)
+    ]
+    return make_split("unlabelled", coco_dataset(entries, [], {1: "object"}), folder, folder, "photographs")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 # %% ../../nbs/37_engine.trainer.ipynb #37b00001
 from ..data.images import CocoImages
-from ..data.loaders import batches, train_loader, training_indices
+from ..data.loaders import Unlabelled, batches, train_loader, training_indices
 from ..data.transforms import TrainTransform, Variety
 from .checkpoint import last_checkpoint, load_checkpoint, rename_damaged, save_checkpoint
 from msad.engine.distributed import (
@@ -208,6 +208,7 @@ class Trainer:
     accumulate: int = 1  # parts that a process's share of the batch is learned from
     checkpoint_every: int = 200  # iterations
     keep_checkpoints: int = 3
+    unlabelled: Unlabelled | None = None  # photographs without boxes, for a distillation
     iteration: int = field(default=0, init=False)  # updates done
     metrics: dict | None = field(default=None, init=False)  # of the last evaluation
 
@@ -298,7 +299,7 @@ def resume(
             f"out: the processes found checkpoints of iterations {found} in {trainer.folder}; they need one disk"
         )
     trainer.iteration, recipe = done, trainer.recipe
-    options = loader_options(trainer.model, recipe)
+    options = loader_options(trainer.model, recipe) | {"unlabelled": trainer.unlabelled}
     loader = train_loader(trainer.images, trainer.transform, recipe.batch_size, done, trainer.workers, **options)
     trainer.batches = batches(loader)
     rows = all_gather(read_log(trainer.folder, "evaluations.jsonl"))[0]
@@ -451,6 +452,7 @@ def seconds_per_step(
     transform: TrainTransform,
     workers: int = 0,  # processes that will decode
     accumulate: int = 1,  # parts that a process's share of the batch is learned from
+    unlabelled: Unlabelled | None = None,  # photographs without boxes, for a distillation
 ) -> float:
     "Measure the seconds of an iteration: the mean of up to five (ten seconds), after one that warms up; `model` stays."
     trial = copy.deepcopy(model)
@@ -458,7 +460,7 @@ def seconds_per_step(
     replica = make_replica(trial, recipe)
     state = make_optimizer(recipe, trial), make_scaler(recipe, next(trial.parameters()).device)
     average = copy.deepcopy(trained_module(trial)) if recipe.ema else None
-    options = loader_options(trial, recipe)
+    options = loader_options(trial, recipe) | {"unlabelled": unlabelled}
     loader = batches(train_loader(images, transform, recipe.batch_size, workers=workers, **options))
     seconds = []
     while len(seconds) < 6 and (len(seconds) < 3 or all_gather(sum(seconds[1:]))[0] < 10):  # all processes alike

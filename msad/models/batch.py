@@ -21,8 +21,8 @@ class Batch(NamedTuple):
 
     images: Tensor  # N×3×H×W uint8, with zeros right of and below an image
     sizes: list[tuple[int, int]]  # height and width of each image
-    boxes: Tensor  # N×M×4, xyxy, pixels
-    labels: Tensor  # N×M, −1 where there is no box
+    boxes: Tensor  # N'×M×4, xyxy, pixels; of the first images, if the boxes of the others are not known
+    labels: Tensor  # N'×M, −1 where there is no box
     image_ids: list[int]
 
     def to(self, device: torch.device) -> "Batch":
@@ -30,16 +30,22 @@ class Batch(NamedTuple):
         return Batch(*(send(value, device) if isinstance(value, Tensor) else value for value in self))
 
     def part(self, number: int, count: int) -> "Batch":
-        "Take one of `count` parts, from 0."
-        return Batch(*(value[number::count] for value in self))
+        "Take one of `count` parts, from 0, of the images with boxes and of those without."
+        share, known = slice(number, None, count), len(self.labels)
+        if known == len(self.sizes): return Batch(*(value[share] for value in self))
+        images, sizes, ids = (
+            [values[:known][share], values[known:][share]] for values in (self.images, self.sizes, self.image_ids)
+        )
+        return Batch(torch.cat(images), sum(sizes, []), self.boxes[share], self.labels[share], sum(ids, []))
 
 
 def make_batch(
     samples: Sequence[tuple[Tensor, dict]],  # images (3×H×W uint8) and their targets
     multiple: int = 64,  # the sides become multiples of it, as the model's `pad` asks
 ) -> Batch:
-    "Stack samples of `TrainTransform`."
+    "Stack samples of `TrainTransform`; those without boxes in their targets come last."
     images, targets = zip(*samples, strict=True)
     sizes = [tuple(image.shape[-2:]) for image in images]
     size = tuple(-(-max(sides) // multiple) * multiple for sides in zip(*sizes, strict=True))
-    return Batch(stack_images(images, size), sizes, *pad_boxes(targets), [target["image_id"] for target in targets])
+    boxes = pad_boxes([target for target in targets if "boxes" in target])
+    return Batch(stack_images(images, size), sizes, *boxes, [target["image_id"] for target in targets])

@@ -124,12 +124,16 @@ class Distillation(Learner):
             features = self.teacher.features(self.teacher.own_view(batch[:, -3:]))
             return Side(features, head, head(features) if self.imitation.reads_outputs else None)
 
+    def useful(self, batch: Tensor, targets: Targets) -> Tensor:
+        "Leave out the images without known boxes, which are behind the others, where the teacher is not asked."
+        return batch if self.active else batch[: len(targets.labels)]
+
     def losses_of(self, features: Sequence[Tensor], teacher: Side | None, targets: Targets) -> dict[str, Tensor]:
         "Compute the student's losses and `loss_kd` from its pyramid and the teacher's side."
         head = self.student.head
         towers = list(head.towers(features))
         outputs = head.predict(towers)
-        losses = self.student.output_losses(outputs, targets)
+        losses = self.student.output_losses(outputs.first(len(targets.labels)), targets)
         detection = sum(losses.values())
         if teacher is None:  # what learns with the student gets a gradient in every step, as several processes need it
             term = detection.new_zeros(()) + sum(0 * p.sum() for p in self.projection.parameters())
@@ -139,6 +143,7 @@ class Distillation(Learner):
 
     def losses(self, batch: Tensor, targets: Targets) -> dict[str, Tensor]:
         "Compute the losses of a batch of the high view, made by `transform`."
+        batch = self.useful(batch, targets)
         features = self.student.features(self.student.own_view(batch[:, :3]))
         return self.losses_of(features, self.ask(batch), targets)
 

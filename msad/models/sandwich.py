@@ -55,6 +55,7 @@ class Sandwich(Learner):
     def losses(self, batch: Tensor, targets: Targets) -> dict[str, Tensor]:
         "Compute the losses of a batch of the high view, made by `transform`, with the widths of `iteration`."
         student, has_teacher = self.student, isinstance(self.model, Distillation)
+        if has_teacher: batch = self.model.useful(batch, targets)
         taught = self.model.ask(batch) if has_teacher else None
         view, wide, of_widths = student.own_view(batch[:, :3]), None, []
         for width in widths_of_step(student.backbone.widths, self.iteration):

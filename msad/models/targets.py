@@ -168,6 +168,10 @@ class HeadOutputs(NamedTuple):
     distances: list[Tensor]  # N×4×H×W, (l, t, r, b) to the sides of the box, in strides, ≥ 0
     centerness: list[Tensor]  # N×1×H×W, a logit
 
+    def first(self, count: int) -> "HeadOutputs":
+        "Take the outputs of the first images."
+        return HeadOutputs(*([level[:count] for level in levels] for levels in self))
+
     def split(self, parts: int) -> list["HeadOutputs"]:
         "Split the outputs of several batches that went through the head together."
         chunks = [[level.chunk(parts) for level in levels] for levels in self]

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..data.annotations import usable_boxes
 from ..data.images import CocoImages, subsample
-from ..data.loaders import eval_loader, training_indices
+from ..data.loaders import Unlabelled, eval_loader, training_indices
 from ..data.transforms import EvalTransform
 from ..engine.grid import grid_fit
 from ..engine.recipe import UNTIL, Recipe
@@ -187,11 +187,13 @@ def measure(
     device: torch.device,
     workers: int = 0,  # processes that load images
     accumulate: int = 1,  # parts of a batch
+    unlabelled: Unlabelled | None = None,  # photographs without boxes, for a distillation
 ) -> Seconds:
     "Measure how long the parts of a run take, with weights from nothing."
     size = config.short_side, config.max_side
     model = trial_model(config, teacher, recipe, device)
-    step = seconds_per_step(model, recipe, images, make_transform(recipe, size, images), workers, accumulate)
+    transform = make_transform(recipe, size, images)
+    step = seconds_per_step(model, recipe, images, transform, workers, accumulate, unlabelled)
     detector, times = trained_module(model).eval(), [time.perf_counter()]
     with torch.no_grad():
         for batch, _ in eval_loader(subsample(val_images, 5), EvalTransform(*size)):
@@ -207,6 +209,7 @@ def memory_cure(
     images: CocoImages,  # to learn from
     device: torch.device,
     accumulate: int = 1,  # parts that are too large
+    unlabelled: Unlabelled | None = None,  # photographs without boxes, for a distillation
 ) -> str:
     "Say that a batch is too large for the memory, with the number of parts that are not."
     batch, transform = recipe.batch_size, make_transform(recipe, (config.short_side, config.max_side), images)
@@ -215,7 +218,7 @@ def memory_cure(
         if batch % parts: continue
         torch.cuda.empty_cache()
         model = trial_model(config, teacher, recipe, device)
-        try: seconds_per_step(model, recipe, images, transform, accumulate=parts)
+        try: seconds_per_step(model, recipe, images, transform, accumulate=parts, unlabelled=unlabelled)
         except torch.OutOfMemoryError: continue
         return f"accumulate is {accumulate} and {lack}: {parts} is enough"
     return f"{lack}, and for one at a time as well: choose a smaller short_side, width or neck_channels"

@@ -130,6 +130,7 @@ ADDED |= {"recipe.empty_images": False, "model.backbone": "slimmable_resnet50", 
 ADDED |= {"model.head_norm": "group", "model.separable": False, "model.all_widths": False}
 ADDED |= {"model.photo_sides": None, "model.object_side": None, "tiles": None}
 ADDED |= {f"model.{name}": value for name, value in Thresholds()._asdict().items()}
+ADDED |= {"unlabelled": None}
 ADDED |= {f"{split}_{name}": None for split in ("train", "val") for name in ("annotations", "images")}
 RENAMED = {"recipe.drops": "recipe.milestones", "recipe.distillation_alpha": "recipe.alpha"}
 RENAMED |= {"score_threshold": "min_score"}
@@ -174,7 +175,7 @@ CONTENT = {"annotations": "annotations", "names": "image names", "sizes": "image
 def changed_content(
     there: dict,  # settings that were recorded, flat
     now: dict,  # settings that are asked for, flat
-    part: str,  # "train" or "val"
+    part: str,  # "train", "val" or "unlabelled"
 ) -> list[str] | None:  # of `CONTENT`; none: not known, since one of them did not record it
     "List what changed in a split of the data."
     names = {f"{part}_content.{kind}": text for kind, text in CONTENT.items()}
@@ -198,10 +199,11 @@ def differences(
     there, now = current(there), current(now)
     known = {name for name, value in now.items() if name.endswith(".sha256") and value and value == there.get(name)}
     moved = {f"{name.removesuffix('sha256')}file" for name in known}
-    changed = {part: changed_content(there, now, part) for part in ("train", "val")}
-    places = {part: {f"{part}_{kind}" for kind in ("split", "annotations", "images")} for part in changed}
+    changed = {part: changed_content(there, now, part) for part in ("train", "val", "unlabelled")}
+    places = {part: {f"{part}_{kind}" for kind in ("split", "annotations", "images")} for part in ("train", "val")}
+    places["unlabelled"] = {"unlabelled"}
     for part in changed: moved |= places[part] if changed[part] == [] else set()
-    recorded = [part for part in changed if f"{part}_content.names" in now]
+    recorded = [part for part in ("train", "val") if f"{part}_content.names" in now]
     if recorded and all(changed[part] == [] for part in recorded): moved.add("data")
     found = {}
     for name in {**there, **now}:

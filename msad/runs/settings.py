@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WITHOUT', 'FROM_ZERO', 'AT_MOST', 'DISTILLATION', 'EXPLICIT', 'Settings', 'RecipeSettings', 'MachineSettings',
            'ModelSettings', 'TrainSettings', 'folder_name', 'check_value', 'check_model', 'check_types',
-           'check_train_settings', 'check_distillation', 'check_use', 'data_beside', 'split_paths', 'explicit_paths',
+           'check_distillation', 'check_use', 'check_train_settings', 'data_beside', 'split_paths', 'explicit_paths',
            'val_path', 'assigned_names', 'notebook_settings', 'read_settings_file', 'settings_dict']
 
 # %% ../../nbs/62_runs.settings.ipynb #9af2bb12
@@ -119,6 +119,7 @@ class TrainSettings(MachineSettings, RecipeSettings, ModelSettings):
     val_images: str | None = None  # folder of their images; none: found
     keep_empty_classes: bool = False  # also learn classes that have no box in either split
     teacher: str | None = None  # a student's: run folder or file, or "without" any; none: runs/DATA/teacher-…
+    unlabelled: str | None = None  # a student's: folder of photographs without boxes, for the distillation alone
     out: str | None = None  # run folder; none: runs/DATA/ROLE-wWIDTH in the repository, with size or backbone in it
     reduced_decoding: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8 where enough: faster, pixels differ a little
     seed: int = 0  # in one process on a CPU, the same seed on the same machine gives the same losses
@@ -212,6 +213,40 @@ def check_types(settings: object) -> None:
         raise ValueError(f"short_side is {short} and max_side {long}: choose 0 < short ≤ max")
     resolve_device(getattr(settings, "devices", "auto"))
 
+# %% ../../nbs/62_runs.settings.ipynb #b45cea66
+DISTILLATION = ("distillation", "alpha", "distillation_share", "distillation_until", "distillation_warmup")
+
+
+def check_distillation(settings: TrainSettings) -> None:
+    "Raise a `ValueError` that names the first field of a distillation that makes no sense with the others."
+    given = {name: value for name in DISTILLATION if (value := getattr(settings, name)) is not None}
+    others = {"teacher": settings.teacher, "unlabelled": settings.unlabelled}
+    for name, value in {**given, **others}.items() if settings.role == "teacher" else ():
+        if value is None: continue
+        raise ValueError(f"{name} is {value!r}: only a student has a distillation, so leave it out")
+    if settings.alpha == 0: raise ValueError("alpha is 0: write distillation none to learn without one")
+    if settings.teacher == WITHOUT and not settings.all_widths:
+        for name, value in given.items():
+            if value == "none": continue
+            raise ValueError(f'{name} is {value} and teacher "{WITHOUT}": nothing is distilled, so leave one out')
+    if settings.unlabelled and settings.teacher == WITHOUT:
+        raise ValueError(f'unlabelled is given and teacher "{WITHOUT}": nobody tells what is there, so leave one out')
+    if settings.distillation: check_use(settings.distillation, given | {"unlabelled": settings.unlabelled})
+
+
+def check_use(
+    distillation: str,  # one of `CHOICES["distillation"]`
+    given: dict[str, object],  # parameters of a distillation, by name
+) -> None:
+    "Raise a `ValueError` that names the first parameter that this distillation does not have."
+    unused = {"none": (*DISTILLATION[1:], "unlabelled"), "published": ("distillation_share",)}
+    if given.get("unlabelled") and distillation == "fgd":
+        raise ValueError("unlabelled is given and distillation fgd, which needs boxes: choose another distillation")
+    for name in unused.get(distillation, ("alpha",)):
+        if given.get(name) is None: continue
+        cure = "leave it out, or choose " + ("distillation published" if name == "alpha" else "another distillation")
+        raise ValueError(f"{name} is {given[name]} and distillation {distillation}, which does not have it: {cure}")
+
 # %% ../../nbs/62_runs.settings.ipynb #c228f89f
 def check_train_settings(settings: TrainSettings) -> None:
     "Raise a `ValueError` that names the first field that makes no sense."
@@ -226,35 +261,6 @@ def check_train_settings(settings: TrainSettings) -> None:
         raise ValueError(f"node_rank is {settings.node_rank} of {settings.nnodes} nnodes: number the machines from 0")
     if settings.nnodes > 1 and settings.rdzv_endpoint is None:
         raise ValueError("rdzv_endpoint is missing: write HOST:PORT of machine 0, for all machines to meet")
-
-# %% ../../nbs/62_runs.settings.ipynb #b45cea66
-DISTILLATION = ("distillation", "alpha", "distillation_share", "distillation_until", "distillation_warmup")
-
-
-def check_distillation(settings: TrainSettings) -> None:
-    "Raise a `ValueError` that names the first field of a distillation that makes no sense with the others."
-    given = {name: value for name in DISTILLATION if (value := getattr(settings, name)) is not None}
-    for name, value in {**given, "teacher": settings.teacher}.items() if settings.role == "teacher" else ():
-        if value is None: continue
-        raise ValueError(f"{name} is {value!r}: only a student has a distillation, so leave it out")
-    if settings.alpha == 0: raise ValueError("alpha is 0: write distillation none to learn without one")
-    if settings.teacher == WITHOUT and not settings.all_widths:
-        for name, value in given.items():
-            if value == "none": continue
-            raise ValueError(f'{name} is {value} and teacher "{WITHOUT}": nothing is distilled, so leave one out')
-    if settings.distillation: check_use(settings.distillation, given)
-
-
-def check_use(
-    distillation: str,  # one of `CHOICES["distillation"]`
-    given: dict[str, object],  # parameters of a distillation, by name
-) -> None:
-    "Raise a `ValueError` that names the first parameter that this distillation does not have."
-    unused = {"none": DISTILLATION[1:], "published": ("distillation_share",)}.get(distillation, ("alpha",))
-    for name in unused:
-        if name not in given: continue
-        cure = "leave it out, or choose " + ("distillation published" if name == "alpha" else "another distillation")
-        raise ValueError(f"{name} is {given[name]} and distillation {distillation}, which does not have it: {cure}")
 
 # %% ../../nbs/62_runs.settings.ipynb #0731b57c
 EXPLICIT = ("train_annotations", "train_images", "val_annotations", "val_images")
@@ -345,7 +351,7 @@ def settings_dict(
 ) -> dict:
     "Convert settings for a file: paths become absolute, so that it can be used from anywhere."
     values = asdict(settings)
-    for name in {"weights", "teacher", "model", "out", *EXPLICIT}.intersection(values):
+    for name in {"weights", "teacher", "unlabelled", "model", "out", *EXPLICIT}.intersection(values):
         if values[name] in (None, "pretrained", WITHOUT): continue
         values[name] = str(Path(values[name]).expanduser().resolve())
     return {**values, "data": data_name(values["data"])}

@@ -148,7 +148,8 @@ def print_estimate(plan: Plan, model: torch.nn.Module, images: CocoImages, trans
     settings, checkpoints = plan.settings, list_checkpoints(plan.settings.folder)
     left = plan.recipe.iterations - (int(checkpoints[0].stem) if checkpoints else 0)
     if left <= 0 or (settings.minutes and plan.state == "new"): return  # with minutes, the plan tells
-    seconds = seconds_per_step(model, plan.recipe, images, transform, settings.workers, settings.accumulate)
+    machine = settings.workers, settings.accumulate
+    seconds = seconds_per_step(model, plan.recipe, images, transform, *machine, plan.unlabelled)
     estimate = f"{left:,} iterations to go at about {seconds:.2f} s each: {duration(left * seconds)}"
     if local_rank() == 0: print(estimate, flush=True)
 
@@ -163,6 +164,9 @@ def make_trainer(plan: Plan) -> Trainer:
     model = model.to(resolve_device(settings.devices), memory_format=torch.channels_last)
     images, val_images = plan.images, plan.val_images
     if settings.reduced_decoding: images, val_images = images.decoded_for(size), val_images.decoded_for(size)
+    unlabelled = plan.unlabelled
+    if unlabelled and settings.reduced_decoding:
+        unlabelled = unlabelled._replace(images=unlabelled.images.decoded_for(size))
     transform = make_transform(recipe, size, images, settings.seed)
     print_estimate(plan, model, images, transform)
     return Trainer(
@@ -171,7 +175,7 @@ def make_trainer(plan: Plan) -> Trainer:
         evaluate=Validation(plan, val_images),
         eval_every=eval_every, checkpoint_every=checkpoint_every,
         workers=settings.workers, accumulate=settings.accumulate,
-        keep_checkpoints=settings.keep_checkpoints,
+        keep_checkpoints=settings.keep_checkpoints, unlabelled=unlabelled,
     )
 
 # %% ../../nbs/64_runs.train.ipynb #48072566
@@ -214,7 +218,7 @@ def too_little_memory(plan: Plan) -> str:
             f"{share // settings.accumulate} images at once: try {2 * settings.accumulate}"
         )
     teacher = load_model(plan.teacher).config if plan.teacher else None
-    machine = resolve_device(settings.devices), settings.accumulate
+    machine = resolve_device(settings.devices), settings.accumulate, plan.unlabelled
     return memory_cure(plan.config, teacher, plan.recipe, plan.images, *machine)
 
 
