@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WITHOUT', 'FROM_ZERO', 'AT_MOST', 'DISTILLATION', 'EXPLICIT', 'Settings', 'RecipeSettings', 'MachineSettings',
            'ModelSettings', 'TrainSettings', 'folder_name', 'check_value', 'check_model', 'check_types',
-           'check_distillation', 'check_use', 'check_train_settings', 'data_beside', 'split_paths', 'explicit_paths',
-           'val_path', 'assigned_names', 'notebook_settings', 'read_settings_file', 'settings_dict']
+           'check_distillation', 'without_use', 'check_use', 'check_train_settings', 'data_beside', 'split_paths',
+           'explicit_paths', 'val_path', 'assigned_names', 'notebook_settings', 'read_settings_file', 'settings_dict']
 
 # %% ../../nbs/62_runs.settings.ipynb #9af2bb12
 import ast
@@ -234,15 +234,22 @@ def check_distillation(settings: TrainSettings) -> None:
     if settings.distillation: check_use(settings.distillation, given | {"unlabelled": settings.unlabelled})
 
 
+def without_use(
+    distillation: str,  # one of `CHOICES["distillation"]`
+) -> tuple[str, ...]:
+    "List the parameters that a distillation does not have."
+    unused = {"none": (*DISTILLATION[1:], "unlabelled"), "published": ("distillation_share",)}
+    return unused.get(distillation, ("alpha",))
+
+
 def check_use(
     distillation: str,  # one of `CHOICES["distillation"]`
     given: dict[str, object],  # parameters of a distillation, by name
 ) -> None:
     "Raise a `ValueError` that names the first parameter that this distillation does not have."
-    unused = {"none": (*DISTILLATION[1:], "unlabelled"), "published": ("distillation_share",)}
     if given.get("unlabelled") and distillation == "fgd":
         raise ValueError("unlabelled is given and distillation fgd, which needs boxes: choose another distillation")
-    for name in unused.get(distillation, ("alpha",)):
+    for name in without_use(distillation):
         if given.get(name) is None: continue
         cure = "leave it out, or choose " + ("distillation published" if name == "alpha" else "another distillation")
         raise ValueError(f"{name} is {given[name]} and distillation {distillation}, which does not have it: {cure}")
