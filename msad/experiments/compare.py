@@ -105,7 +105,8 @@ def check_comparison(settings: CompareSettings) -> None:
         if getattr(settings, name): raise ValueError(f"{name} is {getattr(settings, name)}: {why}, so leave it out")
     if settings.minutes and settings.teacher_iterations:
         raise ValueError("minutes and teacher_iterations are given: leave one of them out")
-    for name in (TEACHER, settings.distillation or DISTILLATIONS[0], ALONE): train_settings(settings, name, 0)
+    student = settings.distillation or DISTILLATIONS[0]
+    for name in (TEACHER, student, ALONE): train_settings(settings, name, 0)
 
 
 def common_settings(settings: CompareSettings) -> dict:
