@@ -204,7 +204,8 @@ def bands(count, kind=np.uint8, most=255):
 
 
 @pytest.mark.parametrize(("pixels", "options", "message"), (
-    (bands(4), {"photometric": "RGB"}, None), (bands(1), {}, None), (bands(3, np.uint16, 65535), {"photometric": "RGB"}, None),
+    (bands(4), {"photometric": "RGB"}, None), (bands(1), {}, None),
+    (bands(3, np.uint16, 65535), {"photometric": "RGB"}, None),
     (bands(5), {}, "its 5 bands are gray, undefined"), (bands(3, np.float32), {}, "its pixels are float32"),
     (bands(1, np.uint16, 4095), {}, "its brightest value is 4,095"),
 ), ids=("four bands", "grey", "16 bits", "five bands", "float", "12 bits"))
