@@ -54,7 +54,7 @@ DISTILLATIONS = tuple(name for name in CHOICES["distillation"] if name != UNDIST
 
 
 def distillation_fields(name: str) -> dict[str, object]:
-    "Return the parameters of `RecipeSettings` that ask for a distillation, or for none, without those it does not have."
+    "Return the parameters of a training that ask for a distillation, or for none, without those it does not have."
     unused = [parameter for parameter in without_use(name) if parameter in DISTILLATION]
     return {"distillation": name, **dict.fromkeys(unused)}
 
