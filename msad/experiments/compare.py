@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DISTILLATIONS', 'METRICS', 'SAMPLES', 'distillation_fields', 'CompareSettings', 'check_comparison', 'common_settings',
-           'Length', 'run_folder', 'train_settings', 'Comparison', 'student_recipe', 'measure_run', 'begun_length',
-           'find_length', 'minutes_of_done', 'expected_minutes', 'plan_comparison', 'missing_runs', 'expected',
-           'variants_table', 'progress_text', 'describe', 'write_results', 'result_row', 'try_run', 'do_runs',
-           'run_comparison', 'answer', 'compare']
+           'Length', 'run_folder', 'has_teachers_backbone', 'teacher_model', 'train_settings', 'Comparison',
+           'student_recipe', 'measure_run', 'begun_length', 'find_length', 'minutes_of_done', 'expected_minutes',
+           'plan_comparison', 'missing_runs', 'expected', 'variants_table', 'progress_text', 'describe',
+           'write_results', 'result_row', 'try_run', 'do_runs', 'run_comparison', 'answer', 'compare']
 
 # %% ../../nbs/95_experiments.compare.ipynb #94a00003
 import time
@@ -34,6 +34,7 @@ from msad.experiments.verdict import (
     judge,
     recovered_text,
 )
+from ..models.sizes import size_fields
 from ..runs.auto import RESERVE, Seconds, iterations_in, measure
 from ..runs.folders import FolderInUse, data_folder, display_path, runs_folder
 from ..runs.plan import SHARED, TEACHER_SHARE, Plan, base_recipe, prepare, read_defaults, resolve_recipe
@@ -67,7 +68,7 @@ class CompareSettings(RecipeSettings, ModelSettings):
     train_split: str | None = None  # name of the split to learn from; none: found
     val_split: str | None = None  # name of the split to evaluate on; none: found, or a fifth is held out
     teacher_iterations: int | None = None  # updates of the teacher; none: the recipe's, or its share of the minutes
-    distillation: str | None = None  # of the student; none: the recipe's
+    teacher_size: str | None = None  # "small", "medium" or "paper", of the teacher alone; none: as the student
     others: tuple[str, ...] = ()  # more distillations for the table
     seeds: int = 2  # of each detector; the interval needs two, and five make it narrow
     out: str | None = None  # folder of the runs; none: runs/DATA/compare in the repository
@@ -134,6 +135,19 @@ def run_folder(settings: CompareSettings, name: str, seed: int) -> Path:
     return settings.folder / f"{name}-{seed}"
 
 # %% ../../nbs/95_experiments.compare.ipynb #94a0001d
+def has_teachers_backbone(settings: CompareSettings) -> bool:
+    "Tell whether a student has the backbone of its teacher, and so starts from it."
+    if settings.teacher_size is None: return True
+    own = size_fields(settings.size).get("backbone", settings.backbone)
+    return size_fields(settings.teacher_size)["backbone"] == own and settings.width in (None, 1.0)
+
+
+def teacher_model(settings: CompareSettings) -> dict[str, object]:
+    "Return the parameters of the teacher's model that are not the student's."
+    if settings.teacher_size is None: return {}
+    return dict.fromkeys(size_fields(settings.teacher_size)) | {"size": settings.teacher_size, "width": None}
+
+
 def train_settings(
     settings: CompareSettings,
     name: str,  # of the variant: `teacher`, `alone`, `none` or a distillation
@@ -153,12 +167,13 @@ def train_settings(
         recipe |= {"iterations": length.teacher} if length else {
             "iterations": settings.teacher_iterations, "minutes": minutes,
         }
-        return TrainSettings(role="teacher", **given, **recipe)
+        return TrainSettings(role="teacher", **given | teacher_model(settings), **recipe)
     if length: recipe |= {"minutes": None, "epochs": None, "iterations": length.of(name)}
     if name == ALONE:
         recipe |= {"lr": settings.lr or (length and length.lr), **distillation_fields(UNDISTILLED)}
         return TrainSettings(role="student", teacher=WITHOUT, **given, **recipe)
-    given |= {"weights": None, "teacher": str(run_folder(settings, TEACHER, seed))}
+    weights = None if has_teachers_backbone(settings) else settings.weights
+    given |= {"weights": weights, "teacher": str(run_folder(settings, TEACHER, seed))}
     return TrainSettings(role="student", **given, **recipe | distillation_fields(name))
 
 # %% ../../nbs/95_experiments.compare.ipynb #94a0000f
@@ -201,25 +216,27 @@ class Comparison:
 def student_recipe(
     settings: CompareSettings,
     name: str | None,  # of the distillation; none: as the settings and the recipe say
-    teacher: Plan,
+    alone: Plan,  # of a student without a teacher
 ) -> Recipe:
     "Find the recipe of a student before its teacher is there."
     given = {field.name: getattr(settings, field.name) for field in fields(RecipeSettings)}
     if name: given |= distillation_fields(name)
     places = {"data": settings.data, "devices": settings.devices}
-    model = {"backbone": teacher.config.backbone, "width": teacher.config.width}
+    model = {"backbone": alone.config.backbone, "width": alone.config.width}
     asked = TrainSettings(role="student", **places, **model, **given)
-    base, _ = base_recipe(asked, read_defaults(data_folder(settings.data)), teacher.images, from_nothing=False)
-    return resolve_recipe(asked, base, teacher.images, teacher.processes)
+    from_nothing = not has_teachers_backbone(settings) and settings.weights is None
+    base, _ = base_recipe(asked, read_defaults(data_folder(settings.data)), alone.images, from_nothing)
+    return resolve_recipe(asked, base, alone.images, alone.processes)
 
 
 def measure_run(
     teacher: Plan,
+    alone: Plan,  # of a student without a teacher
     name: str,  # of the variant
     recipe: Recipe,  # its own
 ) -> Seconds:
     "Measure a step and an evaluation of a variant."
-    config = teacher.config if name == TEACHER else replace(teacher.config, role="student")
+    config = teacher.config if name == TEACHER else alone.config
     learned = None if name in (TEACHER, UNDISTILLED, ALONE) else teacher.config
     machine = resolve_device(teacher.settings.devices), teacher.settings.workers
     try: return measure(config, learned, recipe, teacher.images, teacher.val_images, *machine)
@@ -235,12 +252,12 @@ def begun_length(settings: CompareSettings) -> Length | None:
     return Length(**read_json(settings.file)["length"]) if settings.file.exists() else None
 
 
-def find_length(settings: CompareSettings, student: str, teacher: Plan) -> Length:
+def find_length(settings: CompareSettings, student: str, teacher: Plan, alone: Plan) -> Length:
     "Find how long the runs learn: as many updates as the recipes say, or as fit into the minutes."
-    recipe = student_recipe(settings, student, teacher)
+    recipe = student_recipe(settings, student, alone)
     updates, lr = recipe.iterations, teacher.recipe.lr * recipe.batch_size / teacher.recipe.batch_size
     if settings.minutes:
-        minutes, seconds = (1 - TEACHER_SHARE) * settings.minutes, measure_run(teacher, student, recipe)
+        minutes, seconds = (1 - TEACHER_SHARE) * settings.minutes, measure_run(teacher, alone, student, recipe)
         updates = iterations_in(minutes, seconds, recipe, len(teacher.val_images))
     return Length(teacher.recipe.iterations, updates, lr)
 
@@ -251,15 +268,15 @@ def minutes_of_done(comparison: Comparison, name: str) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def expected_minutes(comparison: Comparison, teacher: Plan) -> dict[str, float]:
+def expected_minutes(comparison: Comparison, teacher: Plan, alone: Plan) -> dict[str, float]:
     "Estimate the minutes of a run of each variant: the mean of those that are done, else by measuring."
     settings, length, found, count = comparison.settings, comparison.length, {}, len(teacher.val_images)
     for name in comparison.names:
         if known := minutes_of_done(comparison, name): found[name] = known
         elif name == ALONE: found[name] = found[UNDISTILLED] * length.of(ALONE) / length.student
         else:
-            recipe = teacher.recipe if name == TEACHER else student_recipe(settings, name, teacher)
-            seconds = measure_run(teacher, name, recipe)
+            recipe = teacher.recipe if name == TEACHER else student_recipe(settings, name, alone)
+            seconds = measure_run(teacher, alone, name, recipe)
             found[name] = (length.of(name) * seconds.step + count * seconds.image) / 60
     return found
 
@@ -277,18 +294,18 @@ def plan_comparison(
     check_data(settings.file, teacher.content)
     if not len(teacher.val_images.boxes):
         raise ValueError(f"val_split: {teacher.val_images.split.name} has no box, so nothing tells detectors apart")
-    student = student_recipe(settings, settings.distillation, teacher).distillation
+    alone = prepare(train_settings(settings, ALONE, 0, begun))
+    student = student_recipe(settings, settings.distillation, alone).distillation
     if student == UNDISTILLED:
         raise ValueError("distillation is none in the recipe: the student would be the undistilled one; choose another")
     for name in DISTILLATION[1:]:
         if getattr(settings, name) is None: continue
         if all(name in without_use(distillation) for distillation in (student, *settings.others)):
             raise ValueError(f"{name} is {getattr(settings, name)} and no student has it: leave it out")
-    length = begun or find_length(settings, student, teacher)
-    prepare(train_settings(settings, ALONE, 0, length))
+    length = begun or find_length(settings, student, teacher, alone)
     counts = len(teacher.images), len(teacher.val_images)
     comparison = Comparison(settings, student, length, {}, teacher.content, counts)
-    return replace(comparison, minutes=expected_minutes(comparison, teacher))
+    return replace(comparison, minutes=expected_minutes(comparison, teacher, alone))
 
 # %% ../../nbs/95_experiments.compare.ipynb #94a00014
 def missing_runs(comparison: Comparison) -> list[tuple[str, int]]:
