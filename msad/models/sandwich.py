@@ -69,14 +69,14 @@ class Sandwich(Learner):
 
     def losses(self, batch: Tensor, targets: Targets) -> dict[str, Tensor]:
         "Compute the losses of a batch of the high view, made by `transform`, with the widths of `iteration`."
-        student, teacher = self.student, None
-        if isinstance(self.model, Distillation): batch, teacher = self.model.useful(batch, targets), self.model.ask(batch)
+        student, model, teacher = self.student, self.model, None
+        if isinstance(model, Distillation): batch, teacher = model.useful(batch, targets), model.ask(batch)
         view, wide, of_widths = student.own_view(batch[:, :3]), None, []
         for width in widths_of_step(student.backbone.widths, self.iteration):
             set_detector_width(student, width)
             features = student.features(view)
             wide = wide or [level.detach() for level in features]
-            of_widths.append(losses_beside(self.model, features, wide, teacher, targets, self.share))
+            of_widths.append(losses_beside(model, features, wide, teacher, targets, self.share))
         set_detector_width(student, student.backbone.widths[-1])
         return {name: sum(losses[name] for losses in of_widths) / len(of_widths) for name in of_widths[0]}
 

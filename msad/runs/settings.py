@@ -141,8 +141,8 @@ class TrainSettings(MachineSettings, RecipeSettings, ModelSettings):
     def folder(self) -> Path:
         "Return the run folder."
         if self.out: return Path(self.out).expanduser().resolve()
-        width = self.width or backbone_family(self.backbone or "slimmable_resnet50").widths[-1 if self.all_widths else 0]
-        return default_folder(self.data, f"{self.role}{'-all' if self.all_widths else ''}", width, folder_name(self))
+        own = self.width or backbone_family(self.backbone or "slimmable_resnet50").widths[-1 if self.all_widths else 0]
+        return default_folder(self.data, f"{self.role}{'-all' if self.all_widths else ''}", own, folder_name(self))
 
 # %% ../../nbs/62_runs.settings.ipynb #b5cf0aa4
 def folder_name(settings: ModelSettings) -> str:
