@@ -136,6 +136,10 @@ class Unlabelled(NamedTuple):
     images: CocoImages
     count: int  # of them, in a batch of all processes
 
+    def decoded_for(self, size: tuple[int, int] | None) -> "Unlabelled":
+        "Return the same photographs, decoded for another size; see `CocoImages`."
+        return self._replace(images=self.images.decoded_for(size))
+
 
 class MixedImages(Dataset):
     "Labelled samples by (epoch, number), and unlabelled ones by (epoch, −1 − number): their targets have no boxes."
@@ -150,7 +154,7 @@ class MixedImages(Dataset):
         image, target = self.unlabelled[epoch, ~index]
         return image, {"image_id": target["image_id"]}
 
-
+# %% ../../nbs/25_data.loaders.ipynb #ca239091
 class MixedSampler:
     "The batches of a `TrainSampler`, each with unlabelled images behind the labelled ones."
 

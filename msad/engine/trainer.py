@@ -214,7 +214,6 @@ class Trainer:
 
     def __post_init__(self):
         self.folder, self.device = Path(self.folder), next(self.model.parameters()).device
-        set_training(self.model, self.recipe)
         self.replica = make_replica(self.model, self.recipe)
         self.optimizer, self.scaler = make_optimizer(self.recipe, self.model), make_scaler(self.recipe, self.device)
         self.average = copy.deepcopy(trained_module(self.model)).eval() if self.recipe.ema else None
@@ -290,7 +289,8 @@ def loader_options(
 def resume(
     trainer: Trainer,
 ) -> None:
-    "Go back to the last sound checkpoint, and open the loader there."
+    "Set training mode, go back to the last sound checkpoint, and open the loader there."
+    set_training(trainer.model, trainer.recipe)
     contents, damaged = last_checkpoint(trainer.folder)
     done = load_checkpoint(contents, trainer.model, trainer.optimizer, trainer.scaler, trainer.average)
     for path in damaged if local_rank() == 0 else []: print(f"{path} is damaged; going on from iteration {done}")

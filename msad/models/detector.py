@@ -122,17 +122,13 @@ class Detector(nn.Module):
         "Compute the maps that the head reads (N×C×H×W), from a batch of the detector's own view."
         return self.neck(self.backbone(batch), aligned_levels(self.view, self.num_levels))
 
-    def head_losses(self, features: Sequence[Tensor], targets: Targets) -> dict[str, Tensor]:
-        "Compute the head's losses on a pyramid; `_st` (for student, by the authors) goes behind their names."
-        return self.output_losses(self.head(features), targets)
-
-    def output_losses(self, outputs: HeadOutputs, targets: Targets) -> dict[str, Tensor]:
-        "Compute the head's losses from its outputs; the names are those of `head_losses`."
+    def head_losses(self, outputs: HeadOutputs, targets: Targets) -> dict[str, Tensor]:
+        "Compute the losses of the head's outputs; `_st` (for student, by the authors) goes behind their names."
         return {f"{name}_st": loss for name, loss in self.head.losses(outputs, targets).items()}
 
     def losses(self, batch: Tensor, targets: Targets) -> dict[str, Tensor]:
         "Compute the losses of a batch of the high view, normalised and padded."
-        return self.head_losses(self.features(self.own_view(batch)), targets)
+        return self.head_losses(self.head(self.features(self.own_view(batch))), targets)
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None, view: str = "high"

@@ -62,6 +62,8 @@ from msad.runs.folders import (
     read_settings,
     weights_file,
 )
+
+# %% ../../nbs/63_runs.plan.ipynb #7690cc0b
 from msad.runs.settings import (
     DISTILLATION,
     RecipeSettings,
@@ -724,8 +726,7 @@ def prepare(
     settings = replace(settings, devices=even_devices(settings, settings.batch_size or base.batch_size))
     processes = count_processes(settings)
     why = {name: choice.reason for name, choice in chosen.items()} | given_reasons(settings, defaults, why)
-    recipe = resolve_recipe(settings, base, images, processes)
-    check_imitation(settings, defaults, recipe)
+    check_imitation(settings, defaults, recipe := resolve_recipe(settings, base, images, processes))
     plan = Plan(
         settings, config, recipe, images, val_images, summaries, data_content, oddities, "new", weights, teacher,
         teacher_plan, processes, base, why, from_nothing, read_photographs(settings, recipe.batch_size),

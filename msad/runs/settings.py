@@ -63,9 +63,8 @@ class RecipeSettings:
     @property
     def recipe_changes(self) -> dict:
         "Select the fields of a recipe that are given."
-        given = {field.name: getattr(self, field.name) for field in fields(Recipe)}
-        free = {name for name, value in given.items() if value is None or (name, value) == ("precision", "auto")}
-        return {name: value for name, value in given.items() if name not in free}
+        given = {field.name: value for field in fields(Recipe) if (value := getattr(self, field.name)) is not None}
+        return {name: value for name, value in given.items() if (name, value) != ("precision", "auto")}
 
 # %% ../../nbs/62_runs.settings.ipynb #1ec929bf
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +141,8 @@ class TrainSettings(MachineSettings, RecipeSettings, ModelSettings):
     def folder(self) -> Path:
         "Return the run folder."
         if self.out: return Path(self.out).expanduser().resolve()
-        if self.all_widths: return default_folder(self.data, f"{self.role}-all", 1.0, folder_name(self))
-        width = backbone_family(self.backbone or "slimmable_resnet50").widths[0] if self.width is None else self.width
-        return default_folder(self.data, self.role, width, folder_name(self))
+        own = self.width or backbone_family(self.backbone or "slimmable_resnet50").widths[-1 if self.all_widths else 0]
+        return default_folder(self.data, f"{self.role}{'-all' if self.all_widths else ''}", own, folder_name(self))
 
 # %% ../../nbs/62_runs.settings.ipynb #b5cf0aa4
 def folder_name(settings: ModelSettings) -> str:

@@ -162,11 +162,9 @@ def make_trainer(plan: Plan) -> Trainer:
     if list_checkpoints(settings.folder): text = "The weights are those of the last checkpoint"
     if local_rank() == 0: print(text)
     model = model.to(resolve_device(settings.devices), memory_format=torch.channels_last)
-    images, val_images = plan.images, plan.val_images
+    images, val_images, unlabelled = plan.images, plan.val_images, plan.unlabelled
     if settings.reduced_decoding: images, val_images = images.decoded_for(size), val_images.decoded_for(size)
-    unlabelled = plan.unlabelled
-    if unlabelled and settings.reduced_decoding:
-        unlabelled = unlabelled._replace(images=unlabelled.images.decoded_for(size))
+    if settings.reduced_decoding and unlabelled: unlabelled = unlabelled.decoded_for(size)
     transform = make_transform(recipe, size, images, settings.seed)
     print_estimate(plan, model, images, transform)
     return Trainer(
@@ -232,7 +230,7 @@ def warn_of_share(log: list[dict]) -> None:
         stacklevel=2,
     )
 
-
+# %% ../../nbs/64_runs.train.ipynb #8f3a8d60
 def train_here(plan: Plan) -> None:
     "Do this process's part of a training; a finished run stays as it is."
     settings, folder = plan.settings, plan.settings.folder
