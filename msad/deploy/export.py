@@ -178,7 +178,7 @@ def loss_text(
 ) -> str:
     "Warn of a loss, and name the layers to leave out."
     errors = layer_errors(model, [views[i] for i in range(min(4, len(views)))], exclude)
-    worst = [f"{name} ({error:.0%})" for name, error in list(errors.items())[:NAMED]]
+    worst = [f"{name} ({error:.1%})" for name, error in list(errors.items())[:NAMED]]
     names = [*exclude, *list(errors)[:NAMED]]
     return (
         f"warning: int8 costs {lost:.1f} AP. The layers whose rounding changes most of the head's outputs are "

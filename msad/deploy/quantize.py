@@ -10,6 +10,7 @@ __all__ = ['Views', 'CalibrationViews', 'excluded', 'check_layers', 'Reader', 'q
 import difflib
 import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,8 +96,10 @@ def quiet() -> Iterator[None]:
     "Leave out what the tools tell about themselves; errors are raised anyway."
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    try: yield
-    finally: logging.disable(before)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", 'install "ipywidgets"')
+        try: yield
+        finally: logging.disable(before)
 
 
 def read_floats(
