@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIFF_STARTS', 'WIDTH', 'HEIGHT', 'ORIENTATION', 'GEO_KEYS', 'COLOURS', 'STRIP', 'BLOCKS', 'tiff_header',
-           'picture_size', 'chosen_bands', 'as_rgb', 'DecodedPicture', 'TiffPicture', 'has_rasterio',
-           'require_rasterio', 'open_windows', 'has_place', 'lonlat']
+           'picture_size', 'chosen_bands', 'as_rgb', 'DecodedPicture', 'read_palette', 'check_depth', 'TiffPicture',
+           'has_rasterio', 'require_rasterio', 'open_windows', 'has_place', 'lonlat']
 
 # %% ../../nbs/28_data.windows.ipynb #8b88dccd
 import importlib.util
@@ -101,6 +101,28 @@ class DecodedPicture:
         return small
 
 # %% ../../nbs/28_data.windows.ipynb #4d64d4d1
+def read_palette(
+    file: object,  # opened by rasterio
+) -> np.ndarray | None:  # 256×3; none if pixels are colours
+    "Read the colours that pixels stand for."
+    if file.colorinterp[0].name != "palette": return None
+    palette = np.zeros((256, 3), np.uint8)
+    for number, colour in file.colormap(1).items(): palette[number] = colour[:3]
+    return palette
+
+
+def check_depth(
+    file: object,  # opened by rasterio
+    bands: list[int],
+) -> None:
+    "Raise a `ValueError` if pixels of 16 bits use a small part of their range; reads until one is bright."
+    brightest = 0
+    for _, window in file.block_windows(bands[0]):
+        brightest = max(brightest, int(file.read(bands, window=window).max()))
+        if brightest >= LEAST_BRIGHTEST: return
+    _check_brightest(brightest)
+
+# %% ../../nbs/28_data.windows.ipynb #e220240b
 STRIP = 32  # rows of a small picture that are made at a time
 
 
@@ -114,37 +136,21 @@ class TiffPicture:
     ):
         self.file, self.path, self.size = file, path, (file.height, file.width)
         self.bands = chosen_bands([meaning.name for meaning in file.colorinterp], set(file.dtypes))
-        self.palette = None
-        if file.colorinterp[0].name == "palette":
-            self.palette = np.zeros((256, 3), np.uint8)
-            for number, colour in file.colormap(1).items(): self.palette[number] = colour[:3]
-        if "uint16" in file.dtypes: self._check_depth()
-
-    def _check_depth(self) -> None:
-        brightest = 0
-        for _, window in self.file.block_windows(self.bands[0]):
-            brightest = max(brightest, int(self._read(window).max()))
-            if brightest >= LEAST_BRIGHTEST: return
-        _check_brightest(brightest)
-
-    def _read(self, window) -> np.ndarray:
-        from rasterio.errors import RasterioIOError
-
-        try: return self.file.read(self.bands, window=window)
-        except RasterioIOError as error:
-            (top, bottom), (left, right) = window.toranges()
-            place = f"{self.path} does not decode in columns {left} to {right}, rows {top} to {bottom}"
-            raise ValueError(f"{place} ({error.__cause__ or error}): replace it or leave it out.") from error
+        self.palette = read_palette(file)
+        if "uint16" in file.dtypes: check_depth(file, self.bands)
 
     def read(
         self,
         box: tuple[int, int, int, int],  # x₁, y₁, x₂, y₂ in pixels
     ) -> Image.Image:  # RGB
         "Read a window. Raises a `ValueError` that names file and window if it does not decode."
-        from rasterio.windows import Window
+        from rasterio.errors import RasterioIOError
 
         x1, y1, x2, y2 = box
-        return as_rgb(self._read(Window.from_slices((y1, y2), (x1, x2))), self.palette)
+        try: return as_rgb(self.file.read(self.bands, window=((y1, y2), (x1, x2))), self.palette)
+        except RasterioIOError as error:
+            place = f"{self.path} does not decode in columns {x1} to {x2}, rows {y1} to {y2}"
+            raise ValueError(f"{place} ({error.__cause__ or error}): replace it or leave it out.") from error
 
     def reduced(self, longest: int) -> Image.Image:
         "Make the whole picture so small that no side is longer than `longest` pixels, strip by strip."
@@ -171,7 +177,7 @@ def require_rasterio(path: str | os.PathLike) -> None:
     cure = 'pip install ".[geo]" in the clone, or choose tile 0'
     raise ValueError(f"{path} is read by windows, which needs rasterio: {cure}")
 
-
+# %% ../../nbs/28_data.windows.ipynb #a779b51e
 @contextmanager
 def open_windows(
     path: str | os.PathLike,  # image file

@@ -176,7 +176,7 @@ def tiled_prediction(
     shrunk = {**found, "boxes": found["boxes"] * (max(small.size) / max(size))}
     return Prediction(found, file, size, config), Prediction(shrunk, small, (small.height, small.width), config)
 
-
+# %% ../../nbs/77_deploy.predict.ipynb #bcc0675b
 def stream_files(
     predictor: Predictor,
     files: list[Path],
@@ -226,7 +226,7 @@ def make_results(
     categories = [{"id": i, "name": name} for i, name in zip(config.category_ids, config.class_names, strict=True)]
     return {"images": images, "categories": categories, "annotations": annotations, "skipped": skipped}
 
-
+# %% ../../nbs/77_deploy.predict.ipynb #08ead209
 def results_text(
     folder: Path,  # of finished predictions
 ) -> str:

@@ -33,7 +33,7 @@ class Evaluation(NamedTuple):
     results: list[dict]  # detections in COCO's format
     figure: Figure | None  # some photographs with the outcomes of the detections; none if they cannot be drawn
 
-
+# %% ../../nbs/53_evaluation.evaluator.ipynb #fc3cad77
 def evaluate_model(
     model: Detector,
     images: CocoImages,

@@ -34,7 +34,7 @@ def check_tile(
     if isinstance(tile, int) and overlap > tile // 2:
         raise ValueError(f"overlap is {overlap} and tile {tile}: choose at most half of the tile, {tile // 2}")
 
-
+# %% ../../nbs/44_evaluation.tiles.ipynb #f5de083f
 @dataclass(frozen=True)
 class Tiling:
     "How pictures are cut into tiles."
@@ -84,7 +84,7 @@ def tile_starts(
     count = math.ceil((length - overlap) / (side - overlap))
     return np.linspace(0, length - side, count).astype(int).tolist()
 
-
+# %% ../../nbs/44_evaluation.tiles.ipynb #70603171
 class TileGrid(NamedTuple):
     "The tiles of a picture, row by row."
 
@@ -148,7 +148,7 @@ def collect(
     columns = [torch.cat([empty[name], *(one[name] for one in found)]).numpy() for name in empty]
     return Found(*columns, np.cumsum([0, *(len(one["scores"]) for one in found)]))
 
-
+# %% ../../nbs/44_evaluation.tiles.ipynb #c6c3576b
 def clearance(
     boxes: np.ndarray,  # M×4, pixels of the picture
     tile: np.ndarray,  # x₁, y₁, x₂, y₂
@@ -260,7 +260,7 @@ def in_picture(
     solid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     return {"boxes": boxes[solid], **{name: found[name].cpu()[solid] for name in ("scores", "labels")}}
 
-
+# %% ../../nbs/44_evaluation.tiles.ipynb #02b83393
 def detect_tiles(
     detect: Detect,
     picture: DecodedPicture | TiffPicture,

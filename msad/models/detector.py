@@ -235,9 +235,7 @@ class ModelConfig:
     detections_per_img: int = 100
     photo_sides: tuple[int, int] | None = None  # medians of short and long side of the photographs it learned from
     object_side: float | None = None  # median of √(width × height) of their objects, pixels of the photographs
-
     def __post_init__(self): check_config(self)
-
     @property
     def thresholds(self) -> Thresholds:
         "Return what limits the detections of an image."

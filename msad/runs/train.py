@@ -36,6 +36,8 @@ from msad.engine.distributed import (
     rank,
     resolve_device,
 )
+
+# %% ../../nbs/64_runs.train.ipynb #0815803f
 from ..engine.hooks import Hook, LogFile, TensorBoard, Training, optional_picture, read_log
 from ..engine.launcher import LAUNCHER, exit_on_user_error, launch, worker
 from ..engine.trainer import ProgressBar, Trainer, make_transform, seconds_per_step
