@@ -112,7 +112,7 @@ def read_floats(
         back = made.get(node.input[0]) if node.name in layers else None
         if back is not None and back.op_type == "DequantizeLinear": node.input[0] = made[back.input[0]].input[0]
 
-
+# %% ../../nbs/79_deploy.quantize.ipynb #5d686a72
 def quantized_onnx(
     model: Detector,  # in evaluation mode
     views: Views,  # of training photographs
@@ -185,7 +185,7 @@ def input_ranges(
     for hook in hooks: hook.remove()
     return found
 
-
+# %% ../../nbs/79_deploy.quantize.ipynb #480da90a
 @torch.inference_mode()
 def layer_errors(
     model: Detector,  # on the CPU, in evaluation mode; it stays as it is

@@ -147,7 +147,7 @@ def teacher_model(settings: CompareSettings) -> dict[str, object]:
     if settings.teacher_size is None: return {}
     return dict.fromkeys(size_fields(settings.teacher_size)) | {"size": settings.teacher_size, "width": None}
 
-
+# %% ../../nbs/95_experiments.compare.ipynb #afa9691a
 def train_settings(
     settings: CompareSettings,
     name: str,  # of the variant: `teacher`, `alone`, `none` or a distillation

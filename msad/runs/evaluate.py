@@ -111,7 +111,7 @@ def fit_classes(
     unused = unused_classes(images) - known
     return CocoImages(without_classes(images.split, unused)) if known and unused else images
 
-
+# %% ../../nbs/65_runs.evaluate.ipynb #3cc3b110
 def describe_evaluation(settings: EvaluateSettings, path: Path, model: Detector, images: CocoImages) -> dict:
     "Describe an evaluation for `settings.json`: everything that the result depends on."
     given = settings_dict(settings)
