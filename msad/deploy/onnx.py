@@ -62,12 +62,16 @@ def padded_candidates(
     boxes, scores, labels = [], [], []
     levels = make_locations(outputs.logits).levels()
     for (points, strides), logits, distances, centerness in zip(levels, *outputs, strict=True):
-        probability = logits.flatten(2).sigmoid()  # N×K×HW
-        rank = torch.where(probability > score_thresh, probability * centerness.flatten(2).sigmoid(), 0.0)
+        logits, inside = logits.flatten(2), centerness.flatten(2).sigmoid()  # N×K×HW, N×1×HW
+        cells = min(topk_candidates, logits.shape[2])
+        highest = logits.amax(1, keepdim=True).sigmoid()
+        cell = torch.where(highest > score_thresh, highest * inside, 0.0).topk(cells).indices  # N×1×cells
+        probability = logits.gather(2, cell.expand(-1, logits.shape[1], -1)).sigmoid()
+        rank = torch.where(probability > score_thresh, probability * inside.gather(2, cell), 0.0)
         rank, best = F.pad(rank.flatten(1), (0, topk_candidates)).topk(topk_candidates)
-        cells = logits.shape[2] * logits.shape[3]
         label = best // cells
-        boxes.append(gather_rows(decode_boxes(points, strides, distances.flatten(2).mT), best - label * cells))
+        place = cell[:, 0].gather(1, best - label * cells)
+        boxes.append(gather_rows(decode_boxes(points, strides, distances.flatten(2).mT), place))
         scores.append(rank.sqrt())
         labels.append(label)
     return torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(labels, dim=1)
@@ -128,9 +132,13 @@ def final_detections(
 class LevelTowers(nn.ModuleList):
     "A tower for each level of a pyramid, without BatchNorm."
 
-    def forward(self, x: Tensor, level: int) -> Tensor:
+    def begin(self, x: Tensor, level: int) -> Tensor:
         "Transform the map of a level."
         return self[level](x)
+
+    def end(self, x: Tensor, level: int) -> Tensor:
+        "Return what `begin` gave, which is all that a tower does."
+        return x
 
 
 def level_tower(tower: Tower, level: int) -> nn.Sequential:

@@ -9,7 +9,7 @@ __all__ = ['LIGHT', 'SIZES', 'size_fields']
 LIGHT = {"head_norm": "batch", "head_convs": 2}
 
 SIZES = {  # fields of a `ModelConfig`
-    "nano": {"backbone": "tf_efficientnet_lite0", "neck_channels": 64, "separable": True, **LIGHT},
+    "nano": {"backbone": "tf_efficientnet_lite0", "neck_channels": 32, "separable": True, **LIGHT},
     "small": {"backbone": "tf_efficientnet_lite0", "neck_channels": 64, "separable": False, **LIGHT},
     "medium": {"backbone": "tf_efficientnet_lite2", "neck_channels": 128, "separable": False, **LIGHT},
     "paper": {
