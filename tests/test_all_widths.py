@@ -138,7 +138,7 @@ def test_other_channels_are_not_inherited():
 
 def test_sizes_are_words_for_fields(tmp_path):
     nano = TrainSettings(role="teacher", size="nano")
-    assert (nano.backbone, nano.neck_channels, nano.separable) == ("tf_efficientnet_lite0", 64, True)
+    assert (nano.backbone, nano.neck_channels, nano.separable) == ("tf_efficientnet_lite0", 32, True)
     assert nano.folder.name == "teacher-nano"
     assert TrainSettings(role="student", size="paper", width=0.5).folder.name == "student-paper-w0.5"
     assert TrainSettings(role="student", size="small", neck_channels=32).neck_channels == 32  # what is given wins
