@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RUN_NOTEBOOKS = (
     "train_teacher", "train_student", "evaluate", "predict", "export", "own_data", "analysis", "ablation", "compare",
-    "grid", "benchmark",
+    "grid", "sizes", "peers", "benchmark",
 )
 
 
