@@ -132,10 +132,10 @@ TINY = {
     (["--data", "/nowhere"], "/nowhere"), (["--val-split", "missing"], "missing"), (["--alpha", "0"], "alpha is 0"),
     (["--weights", "/nowhere.pth"], "nowhere.pth"),
 ])
-def test_wrong_input_is_one_sentence_before_any_work(coco, tmp_path, options, text):
+def test_wrong_input_is_one_sentence_before_any_work(coco, tmp_path, capsys, options, text):
     command = ["compare", "--data", str(coco), "--out", str(tmp_path / "out"), *as_options(TINY), *options]
     with pytest.raises(SystemExit) as stop: main(command)
-    assert text in str(stop.value) and not (tmp_path / "out").exists()
+    assert text in f"{stop.value}{capsys.readouterr().err}" and not (tmp_path / "out").exists()
 
 
 def test_photographs_that_changed_since_are_refused(coco, tmp_path):
