@@ -84,17 +84,16 @@ class ExportSettings:
     def __post_init__(self):
         check_types(self)
         for name, known in (("format", tuple(FORMATS)), ("precision", PRECISIONS)):
-            if (value := getattr(self, name)) not in known:
-                choices = ", ".join(f'"{choice}"' for choice in known)
-                raise ValueError(f"{name} is {value!r:.60}: choose one of {choices}")
+            if (value := getattr(self, name)) in known: continue
+            raise ValueError(f"{name} is {value!r:.60}: choose one of " + ", ".join(f'"{choice}"' for choice in known))
         if isinstance(self.exclude, str): object.__setattr__(self, "exclude", (self.exclude,))
         for name in ("exclude", "symmetric"):
             if getattr(self, name) and self.precision != "int8":
                 raise ValueError(f"{name} is given and precision is {self.precision}: it is of int8, so leave one out")
         if self.symmetric and self.format != "onnx":
             raise ValueError(f"symmetric is True and format {self.format}: it is of ONNX, so leave one out")
-        annotations = self.val_annotations or self.train_annotations
-        if annotations and self.data is None: object.__setattr__(self, "data", data_beside("trees", annotations))
+        named = self.val_annotations or self.train_annotations
+        if named and self.data is None: object.__setattr__(self, "data", data_beside("trees", named))
 
 # %% ../../nbs/81_deploy.export.ipynb #7b6072ed
 PLACES = ("data", *(f"{part}_{kind}" for part in ("train", "val") for kind in ("split", "annotations", "images")))
@@ -201,7 +200,7 @@ def exported_path(settings: ExportSettings, source: Path) -> Path:
     if path.suffix == ending: return path
     raise ValueError(f"out is {str(path)!r}: give a file whose name ends in {ending}, or another format")
 
-
+# %% ../../nbs/81_deploy.export.ipynb #01fe5c10
 def export(
     settings: ExportSettings,
 ) -> Path:  # of the file

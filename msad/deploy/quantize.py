@@ -101,7 +101,7 @@ def quiet() -> Iterator[None]:
         try: yield
         finally: logging.disable(before)
 
-
+# %% ../../nbs/79_deploy.quantize.ipynb #128f2e95
 def read_floats(
     file: Any,  # onnx.ModelProto; it is changed
     layers: Sequence[str],  # convolutions that were left out
@@ -185,7 +185,7 @@ def input_ranges(
     for hook in hooks: hook.remove()
     return found
 
-
+# %% ../../nbs/79_deploy.quantize.ipynb #97de63a2
 @torch.inference_mode()
 def layer_errors(
     model: Detector,  # on the CPU, in evaluation mode; it stays as it is
