@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Picture', 'BATCH_SIZE', 'array_photograph', 'tensor_photograph', 'pillow_photograph', 'as_photograph',
            'annotated_figure', 'to_jpeg', 'Prediction', 'read_photograph', 'detect_photographs', 'checked_device',
-           'prepare_detector', 'open_with_threads', 'set_pad', 'read_or_error', 'is_one_picture', 'predict_batch',
+           'prepare_detector', 'set_pad', 'open_with', 'read_or_error', 'is_one_picture', 'predict_batch',
            'without_errors', 'Predictor']
 
 # %% ../../nbs/76_deploy.predictor.ipynb #02ef5ccd
@@ -203,18 +203,6 @@ def prepare_detector(
     return model.eval().to(device, memory_format=torch.channels_last)
 
 # %% ../../nbs/76_deploy.predictor.ipynb #45e13ceb
-def open_with_threads(
-    path: str | os.PathLike,
-    device: torch.device,
-    threads: int | None,  # none: as PyTorch
-) -> Detector:
-    "Open any file; PyTorch, which computes weights, has one number of threads for all its work."
-    if threads is not None: check_value("threads", threads, int)
-    model = open_detector(path, device, threads)
-    if threads and not isinstance(model, ExportedDetector): torch.set_num_threads(threads)
-    return model
-
-
 def set_pad(
     model: Detector,
     pad: int,  # sides of the padded high view are multiples of this
@@ -223,6 +211,20 @@ def set_pad(
     if not isinstance(model, ExportedDetector): model.transform = InputTransform(model.config.normalization, pad)
     elif pad != model.config.pad:
         raise ValueError(f"pad is {pad!r:.60} and {model.path} has {model.config.pad} inside: leave it out")
+
+
+def open_with(
+    path: str | os.PathLike,
+    device: torch.device,
+    threads: int | None,  # none: as PyTorch
+    pad: int | None,  # none: the model's own
+) -> Detector:
+    "Open any file; PyTorch, which computes weights, has one number of threads for all its work."
+    if threads is not None: check_value("threads", threads, int)
+    model = open_detector(path, device, threads)
+    if threads and not isinstance(model, ExportedDetector): torch.set_num_threads(threads)
+    if pad is not None: set_pad(model, pad)
+    return model
 
 # %% ../../nbs/76_deploy.predictor.ipynb #5f19d019
 def read_or_error(
@@ -278,8 +280,7 @@ class Predictor:
         threads: int | None = None,  # on a CPU; PyTorch has one number for all its work; none: as PyTorch
     ):
         self.device, self.precision, self.reduced_decoding = checked_device(device), precision, reduced_decoding
-        self.whole = self.model = open_with_threads(detector_file(model), self.device, threads)
-        if pad is not None: set_pad(self.whole, pad)
+        self.whole = self.model = open_with(detector_file(model), self.device, threads, pad)
         self.width = width
         if isinstance(self.whole, ExportedDetector): self.precision = self.whole.precision
 
