@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Picture', 'BATCH_SIZE', 'array_photograph', 'tensor_photograph', 'pillow_photograph', 'as_photograph',
            'annotated_figure', 'to_jpeg', 'Prediction', 'read_photograph', 'detect_photographs', 'checked_device',
-           'prepare_detector', 'set_pad', 'read_or_error', 'is_one_picture', 'predict_batch', 'without_errors',
-           'open_whole', 'Predictor']
+           'prepare_detector', 'set_pad', 'open_with', 'read_or_error', 'is_one_picture', 'predict_batch',
+           'without_errors', 'Predictor']
 
 # %% ../../nbs/76_deploy.predictor.ipynb #02ef5ccd
 import io
@@ -212,6 +212,20 @@ def set_pad(
     elif pad != model.config.pad:
         raise ValueError(f"pad is {pad!r:.60} and {model.path} has {model.config.pad} inside: leave it out")
 
+
+def open_with(
+    path: str | os.PathLike,
+    device: torch.device,
+    threads: int | None,  # none: as PyTorch
+    pad: int | None,  # none: the model's own
+) -> Detector:
+    "Open any file; PyTorch, which computes weights, has one number of threads for all its work."
+    if threads is not None: check_value("threads", threads, int)
+    model = open_detector(path, device, threads)
+    if threads and not isinstance(model, ExportedDetector): torch.set_num_threads(threads)
+    if pad is not None: set_pad(model, pad)
+    return model
+
 # %% ../../nbs/76_deploy.predictor.ipynb #5f19d019
 def read_or_error(
     image: Picture,
@@ -251,20 +265,6 @@ def without_errors(predictions: Iterable[Prediction | Exception]) -> Iterator[Pr
         if isinstance(found, Exception): raise found
         yield found
 
-# %% ../../nbs/76_deploy.predictor.ipynb #be9523d8
-def open_whole(
-    model: str | os.PathLike | None,  # run folder, file or bundled name
-    device: torch.device,
-    threads: int | None,  # none: as PyTorch
-    pad: int | None,  # sides of the padded high view are multiples of this; none: the model's own
-) -> torch.nn.Module:
-    "Open a detector, with all of its widths. Raises `FileNotFoundError` or `ValueError` with the cure."
-    if threads is not None: check_value("threads", threads, int)
-    whole = open_detector(detector_file(model), device, threads)
-    if threads and not isinstance(whole, ExportedDetector): torch.set_num_threads(threads)
-    if pad is not None: set_pad(whole, pad)
-    return whole
-
 # %% ../../nbs/76_deploy.predictor.ipynb #5399b4b6
 class Predictor:
     "A detector for pictures: `predictor(image)` → a `Prediction`, `predictor(images)` → a list of them."
@@ -279,10 +279,10 @@ class Predictor:
         width: float | None = None,  # of a detector of all widths; none: its widest
         threads: int | None = None,  # on a CPU; PyTorch has one number for all its work; none: as PyTorch
     ):
-        self.device, self.reduced_decoding = checked_device(device), reduced_decoding
-        self.whole = self.model = open_whole(model, self.device, threads, pad)
-        self.precision = self.whole.precision if isinstance(self.whole, ExportedDetector) else precision
+        self.device, self.precision, self.reduced_decoding = checked_device(device), precision, reduced_decoding
+        self.whole = self.model = open_with(detector_file(model), self.device, threads, pad)
         self.width = width
+        if isinstance(self.whole, ExportedDetector): self.precision = self.whole.precision
 
     @property
     def width(self) -> float:

@@ -63,7 +63,7 @@ def open_onnx(path: Path, device: torch.device, threads: int) -> Opened:
         lambda images: session.run(OUTPUTS, {"images": images}), session.get_modelmeta().custom_metadata_map
     )
 
-# %% ../../nbs/40_engine.exported.ipynb #bd166eee
+# %% ../../nbs/40_engine.exported.ipynb #df742ab3
 def open_openvino(path: Path, device: torch.device, threads: int) -> Opened:
     "Open an OpenVINO file, on the processor."
     import openvino
@@ -119,7 +119,7 @@ def as_bytes(image: Tensor) -> Tensor:
     "Return pixels as uint8; floats are of 0 to 1."
     return image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).byte()
 
-# %% ../../nbs/40_engine.exported.ipynb #7463e595
+# %% ../../nbs/40_engine.exported.ipynb #5d6b0429
 class ExportedDetector(Detector):
     "The detector of an exported file, in evaluation mode. Raises `ImportError` or `ValueError`, see `open_file`."
 
