@@ -127,7 +127,7 @@ def read_exact(
         for node in unread: file.graph.node.remove(node)
         used = {name for node in file.graph.node for name in node.input}
 
-
+# %% ../../nbs/79_deploy.quantize.ipynb #c39961be
 def quantized_onnx(
     model: Detector,  # in evaluation mode
     views: Views,  # of training photographs
