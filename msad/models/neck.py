@@ -35,10 +35,10 @@ def separable_conv3x3(channels: int, out_channels: int) -> nn.Sequential:
 
 
 def halve(conv: nn.Conv2d, level: Tensor) -> Tensor:
-    "Run a strided convolution; a map of 1×1 in float32, whatever the precision is."
+    "Run a strided convolution; a map of 1×1 in the precision of the weights, whatever that of the network is."
     # PyTorch 2.14 on processors with AVX-512-bf16: the weights' gradient of such a map is memory that nobody wrote.
     if tuple(level.shape[2:]) != (1, 1): return conv(level)
-    with torch.autocast(level.device.type, enabled=False): return conv(level.float())
+    with torch.autocast(level.device.type, enabled=False): return conv(level.to(conv.weight.dtype))
 
 # %% ../../nbs/06_models.neck.ipynb #2f4b4bde
 class FPN(nn.Module):
