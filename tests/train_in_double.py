@@ -1,4 +1,4 @@
-"""Ten iterations in 64-bit numbers: python tests/train_in_double.py DATA TEACHER ROLE ACCUMULATE OUT
+"""Fifteen iterations in 64-bit numbers: python tests/train_in_double.py DATA TEACHER ROLE ACCUMULATE OUT
 
 Shares of a batch add up to the batch but for rounding, and training magnifies rounding: where a rectified value or the
 smaller of two lies at its kink, a last digit decides which gradient flows. In 64-bit numbers hardly any value lies
@@ -25,7 +25,7 @@ data, teacher, role, accumulate, out = sys.argv[1:]
 with init_distributed(torch.device("cpu")):
     model = load_model(teacher).double()
     if role == "student": model = Distillation(student_of(model).double(), model)
-    recipe = Recipe(10, batch_size=6, lr=3e-3, warmup=2, distillation_warmup=4, batch_norm="fixed")
+    recipe = Recipe(15, batch_size=6, lr=3e-3, warmup=2, distillation_warmup=4, batch_norm="fixed")
     transform = TrainTransform(80, 133)
     images, hooks = CocoImages(data, "train2017"), [LogFile()] if rank() == 0 else []
     Trainer(model, images, transform, recipe, Path(out), hooks, accumulate=int(accumulate)).fit()
