@@ -131,7 +131,7 @@ def describe_prediction(
         "model": {**file_description(detector_file(settings.model)), **config.thresholds._asdict()},
         "width": settings.width,
         "min_score": settings.min_score,
-        "tiles": tiling and f"{tiling.side} pixels, overlap {tiling.overlap}, above {tiling.longest}",
+        "tiles": tiling and tiling.description,
         "reduced_decoding": settings.reduced_decoding,
     }
 

@@ -51,6 +51,11 @@ class Tiling:
         "Tell whether a picture is tiled."
         return size is not None and max(size) > self.longest
 
+    @property
+    def description(self) -> str:
+        "Describe the tiles for `settings.json`."
+        return f"{self.side} pixels, overlap {self.overlap}, above {self.longest}"
+
     def __str__(self) -> str:
         why = "" if self.known else "; the file of weights does not tell what it learned from, so this is a guess"
         return f"tiles of {self.side} pixels, overlap {self.overlap}{why}"

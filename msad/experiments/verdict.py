@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from ..data.table import Table
-from ..evaluation.bootstrap import interval_95
+from ..evaluation.bootstrap import interval_95, seeds_margin
 from ..evaluation.curves import ROLE_COLORS
 from .ablation_results import by_seed, common_seeds, mean_text
 
@@ -53,10 +53,10 @@ def mean_gain(
     "Compute the mean difference over seeds, and how far other seeds and other photographs may move it."
     low, high = interval_95(samples.mean(axis=0))
     seeds, deviation = len(values), float(values.std(ddof=1)) if len(values) > 1 else math.nan
-    over_seeds = float(stats.t.ppf(0.975, seeds - 1)) * deviation / seeds**0.5 if seeds > 1 else 0.0
     few = max(photographs, 2) - 1
     correction = ((few + 1) / few) ** 0.5 * stats.t.ppf(0.975, few) / stats.norm.ppf(0.975)
-    return Gain(float(values.mean()), deviation, seeds, photographs, over_seeds, float(correction * (high - low)) / 2)
+    over_photographs = float(correction * (high - low)) / 2
+    return Gain(float(values.mean()), deviation, seeds, photographs, seeds_margin(values), over_photographs)
 
 # %% ../../nbs/94_experiments.verdict.ipynb #93a0000a
 MOST_SEEDS, MOST_TIMES = 100, 100  # more seeds, or times the photographs, are called too many

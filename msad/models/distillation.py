@@ -59,8 +59,7 @@ class Learner(nn.Module):
     "A module around a `student`, called like it: losses in training mode, the student's detections in evaluation mode."
 
     def begin(self, iteration: int, weights: dict[str, float]) -> None:
-        "Prepare for an iteration, whose losses will have these weights (by name; 1 where there is none)."
-        raise NotImplementedError
+        "Called before an iteration, whose losses will have these weights (by name; 1 where there is none)."
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None, view: str = "high"

@@ -38,7 +38,10 @@ def project(
 
 
 class Imitation(nn.Module):
-    "A measure of how far a student is from its teacher, which no gradient reaches."
+    """A measure of how far a student is from its teacher, which no gradient reaches.
+
+    Called with both sides and the targets, it gives a scalar of 0 or more.
+    """
 
     limited = True  # to a share of the detection losses
     reads_outputs = False  # of the teacher's head
@@ -51,10 +54,6 @@ class Imitation(nn.Module):
         "Pair the features of each level, in float32: the student's, projected, and the teacher's."
         levels = zip(student.features, teacher.features, strict=True)
         return [(upcast(self.projection(ours)), upcast(theirs)) for ours, theirs in levels]
-
-    def forward(self, student: Side, teacher: Side, targets: Targets) -> Tensor:
-        "Compute the term, a scalar of 0 or more."
-        raise NotImplementedError
 
 # %% ../../nbs/13_models.imitation.ipynb #c277b885
 TEMPERATURE = 3.0

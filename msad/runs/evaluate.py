@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EvaluateSettings', 'load_detector', 'with_classes_of', 'fit_classes', 'describe_evaluation', 'tiling_of',
-           'tiles_text', 'evaluate_here', 'metrics_text', 'evaluate', 'main']
+           'evaluate_here', 'metrics_text', 'evaluate', 'main']
 
 # %% ../../nbs/65_runs.evaluate.ipynb #a2919fc0
 import argparse
@@ -115,6 +115,7 @@ def fit_classes(
 def describe_evaluation(settings: EvaluateSettings, path: Path, model: Detector, images: CocoImages) -> dict:
     "Describe an evaluation for `settings.json`: everything that the result depends on."
     given = settings_dict(settings)
+    tiling = tiling_of(settings, model.config, images)
     return {
         "role": model.config.role,
         **{name: given[name] for name in ("data", "val_annotations", "val_images")},
@@ -123,7 +124,7 @@ def describe_evaluation(settings: EvaluateSettings, path: Path, model: Detector,
         "width": model.config.width,
         "weights": file_description(path),
         "reduced_decoding": settings.reduced_decoding,
-        "tiles": tiles_text(tiling_of(settings, model.config, images)),
+        "tiles": tiling and tiling.description,
         "model": model.config.to_dict(),
     }
 
@@ -132,11 +133,6 @@ def tiling_of(settings: EvaluateSettings, config: ModelConfig, images: CocoImage
     "Choose the tiles; none if no photograph is large. Raises a `ValueError` that names the parameter and the cure."
     tiling = choose_tiling(settings.tile, settings.overlap, config)
     return tiling if tiling and any(map(tiling.applies, images.sizes.tolist())) else None
-
-
-def tiles_text(tiling: Tiling | None) -> str | None:
-    "Describe tiles for `settings.json`."
-    return tiling and f"{tiling.side} pixels, overlap {tiling.overlap}, above {tiling.longest}"
 
 # %% ../../nbs/65_runs.evaluate.ipynb #f7181d10
 def evaluate_here(

@@ -37,6 +37,7 @@ from ..engine.recipe import Recipe, adapt, find_recipe, unknown_name
 from ..engine.weights import Weights, load_model, load_weights, pretrained_weights, read_weights
 from ..models.backbone import backbone_family, knows_imagenet
 from ..models.detector import BUILT_ALIKE, ModelConfig, build_model, scaled_max_side
+from ..models.distillation import SHARE
 from ..models.slimmable import width_index
 from msad.runs.auto import (
     Choice,
@@ -277,16 +278,19 @@ def describe_distillation(
     recipe: Recipe,
     teacher: Path | None,  # of a student
     all_widths: bool = False,
+    parts: int = 1,  # of a batch: shares of the processes, and their own parts
 ) -> str:
     "Describe what a student learns besides the labels, and how much."
     if recipe.distillation == "none": return "no distillation: it learns from the labels alone"
-    of_widths = "the narrower widths learn from the widest, at most 0.25 of the detection losses"
+    of_widths = f"the narrower widths learn from the widest, at most {SHARE:g} of the detection losses"
     if not teacher: return of_widths
     limit = f"at most {recipe.distillation_share:g} of the detection losses"
     size = f"of size {recipe.alpha:g} without a limit" if recipe.distillation == "published" else limit
     until = recipe.distillation_until
     times = "to the end" if until == 1 else f"in the first {until:.0%} of the run"
     text = f"distillation: {recipe.distillation}, {size}, {times}, from {display_path(teacher)}"
+    if parts > 1 and recipe.distillation != "published":
+        text = f"{text}; each of the {parts} parts of a batch by itself, so the result is not quite that of the whole"
     return f"{text}; {of_widths}" if all_widths else text
 
 # %% ../../nbs/63_runs.plan.ipynb #33cb55ac
@@ -449,7 +453,8 @@ def describe(plan: Plan) -> list[str]:
     elif plan.teacher: lines.append(f"teacher: {display_path(plan.teacher)}")
     elif settings.role == "student": lines.append("no teacher: it learns from the labels alone")
     if settings.has_teacher or settings.all_widths:
-        lines.append(describe_distillation(recipe, plan.teacher, config.all_widths))
+        parts = plan.processes * settings.accumulate
+        lines.append(describe_distillation(recipe, plan.teacher, config.all_widths, parts))
     if plan.unlabelled:
         count, folder = len(plan.unlabelled.images), display_path(plan.unlabelled.images.folder)
         lines.append(
