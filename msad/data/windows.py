@@ -49,7 +49,7 @@ def picture_size(
     "Read the size of a picture in its header, however large the picture is."
     try:
         header = tiff_header(path)
-        return (int(header[HEIGHT]), int(header[WIDTH])) if header else image_size(path)
+        return image_size(path) if header is None else (int(header[HEIGHT]), int(header[WIDTH]))
     except Exception: return None  # decoding the picture will report what is wrong
 
 # %% ../../nbs/28_data.windows.ipynb #234f4bd2

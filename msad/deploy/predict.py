@@ -234,7 +234,8 @@ def results_text(
     results = read_json(folder / "results.json")
     found = Counter(annotation["category_id"] for annotation in results["annotations"])
     counts = [f"{found[c['id']]} × {c['name']}" for c in results["categories"] if c["id"] in found]
-    lines = [f"{len(results['images'])} photographs: {', '.join(counts) or 'nothing found'}"]
+    photographs = "1 photograph" if len(results["images"]) == 1 else f"{len(results['images'])} photographs"
+    lines = [f"{photographs}: {', '.join(counts) or 'nothing found'}"]
     if results["skipped"]: lines.append(f"skipped, since they cannot be read: {len(results['skipped'])}")
     return "\n".join([*lines, *(f"  {skipped['reason']}" for skipped in results["skipped"])])
 

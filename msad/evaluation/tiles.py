@@ -60,7 +60,7 @@ class Tiling:
         why = "" if self.known else "; the file of weights does not tell what it learned from, so this is a guess"
         return f"tiles of {self.side} pixels, overlap {self.overlap}{why}"
 
-
+# %% ../../nbs/44_evaluation.tiles.ipynb #bd5ca4eb
 def choose_tiling(
     tile: int | str,  # "auto", pixels, or 0
     overlap: int | None,  # pixels; none: twice the median object

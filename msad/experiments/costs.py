@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -157,8 +158,8 @@ def plot_costs(
     sizes: Mapping[str, str],  # words for some of the names
 ) -> Figure:
     "Draw AP over milliseconds in ONNX Runtime; the front is a line. Without ImageNet weights a point is hollow."
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes, front = figure.subplots(), [point for point in points if point.on_front]
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=80, layout="constrained")
+    front = [point for point in points if point.on_front]
     axes.plot([1000 * p.cost.onnx_seconds for p in front], [p.metrics["AP"] for p in front], color="C0", lw=1)
     for point in points:
         at = 1000 * point.cost.onnx_seconds, point.metrics["AP"]

@@ -128,7 +128,7 @@ def grid_trial(
     longer: bool = False,
 ) -> Trial:
     "Make the trial of a view and its grid, from ImageNet weights."
-    changes = dict(size="nano", width=1.0, weights="pretrained", short_side=2 * pixels, finest_stride=stride)
+    changes = shape("tf_efficientnet_lite0", 64, True, short_side=2 * pixels, finest_stride=stride).changes
     return Trial("a view and its grid", changes, {}, alone, longer)
 
 

@@ -273,7 +273,7 @@ def read_photographs(settings: TrainSettings, batch_size: int) -> Unlabelled | N
     split = read_unlabelled(Path(settings.unlabelled).expanduser().resolve())
     return Unlabelled(CocoImages(split), math.ceil(UNLABELLED * batch_size))
 
-
+# %% ../../nbs/63_runs.plan.ipynb #f4499091
 def describe_distillation(
     recipe: Recipe,
     teacher: Path | None,  # of a student
