@@ -208,6 +208,8 @@ def test_explicit_paths_win(tmp_path):
     assert [len(part.paths) for part in read_splits(train, val)] == [4, 2]
     with pytest.raises(FileNotFoundError, match="image folder .*nowhere does not exist"):
         read_split(SplitPath(tmp_path / "cells", "train", images=str(tmp_path / "nowhere")))
+    with pytest.raises(FileNotFoundError, match="has no XML files: .*val_annotations"):
+        read_split(SplitPath(tmp_path, "train", annotations=str(tmp_path / "photographs")))
 
 
 def test_splits_that_have_to_be_named(tmp_path):

@@ -424,7 +424,9 @@ def read_voc(
     folder = next((place for place in folders if place.is_dir()), folders[0])
     if not folder.is_dir(): raise FileNotFoundError(f"The image folder {folder} does not exist: put it there.")
     with ThreadPoolExecutor() as pool: files = list(pool.map(read_voc_file, sorted(annotations.glob("*.xml"))))
-    if not files: raise FileNotFoundError(f"{annotations} has no XML files: put Pascal VOC's annotations there.")
+    if not files:
+        cure = "put Pascal VOC's annotations there, or name others (train_annotations, val_annotations)"
+        raise FileNotFoundError(f"{annotations} has no XML files: {cure}.")
     first, note = first_pixel(files)
     numbers = {found.path.stem: number for number, found in enumerate(files, 1)}
     wanted = dict.fromkeys(numbers if file.is_dir() else " ".join(read_lines(file)).split())
