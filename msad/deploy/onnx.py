@@ -183,12 +183,15 @@ class OnnxDetector(nn.Module):
             self.model.half()
             self.model.transform.float()
 
+    def outputs(self, images: Tensor) -> HeadOutputs:
+        "Run the network on a batch."
+        model = self.model
+        batch = normalized(images, model.transform, model.view).to(model.head.scales.dtype)
+        return HeadOutputs(*([level.float() for level in levels] for levels in model.head(model.features(batch))))
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Detect in a batch: boxes, scores, labels."
-        model, thresholds = self.model, self.model.head.thresholds
-        batch = normalized(images, model.transform, model.view).to(model.head.scales.dtype)
-        outputs = model.head(model.features(batch))
-        outputs = HeadOutputs(*([level.float() for level in levels] for levels in outputs))
+        model, thresholds, outputs = self.model, self.model.head.thresholds, self.outputs(images)
         boxes, scores, labels = padded_candidates(outputs, thresholds.score_thresh, thresholds.topk_candidates)
         if model.view == "low": boxes = boxes / 2
         num_classes = outputs.logits[0].shape[1]
