@@ -227,7 +227,7 @@ class ModelConfig:
     backbone: str = "slimmable_resnet50"  # one of `BACKBONES`, or a network of timm
     finest_stride: int = 4  # of the low view's finest level, one of `NUM_LEVELS`
     head_norm: str = "group"  # of the head's towers, one of `NORMS`
-    separable: bool = False  # convolutions of neck and head are depthwise-separable
+    separable: bool = False  # 3×3 convolutions of neck and towers are depthwise-separable
     all_widths: bool = False  # it has all widths of its backbone, and runs at `width`; a student's
     score_thresh: float = 0.05  # see `Thresholds`, as for what follows
     nms_thresh: float = 0.6

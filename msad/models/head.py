@@ -153,8 +153,8 @@ class FCOSHead(TwoTowers):
     """FCOS's head (Tian et al., ICCV 2019), with centre-ness beside the box and ReLU'd distances.
 
     `channels` and `num_levels` are the pyramid's, `num_convs` are in each of the two towers, `decode` uses the
-    `thresholds`; `norm` and `separable` are those of `Tower`. A separable head predicts from single cells, by 1×1
-    convolutions. Raises a `ValueError` for channels that the norm cannot divide.
+    `thresholds`; `norm` and `separable` are those of `Tower`. Raises a `ValueError` for channels that the norm
+    cannot divide.
     """
 
     def __init__(
@@ -164,10 +164,9 @@ class FCOSHead(TwoTowers):
         super().__init__()
         check_channels(channels, norm)
         self.cls_tower, self.bbox_tower = (Tower(channels, num_convs, num_levels, norm, separable) for _ in range(2))
-        kernel = 1 if separable else 3
-        self.cls_logits = nn.Conv2d(channels, num_classes, kernel, padding=kernel // 2)
-        self.bbox_pred = nn.Conv2d(channels, 4, kernel, padding=kernel // 2, bias=False)
-        self.centerness = nn.Conv2d(channels, 1, kernel, padding=kernel // 2, bias=False)
+        self.cls_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.bbox_pred = nn.Conv2d(channels, 4, 3, padding=1, bias=False)
+        self.centerness = nn.Conv2d(channels, 1, 3, padding=1, bias=False)
         self.scales, self.thresholds = nn.Parameter(torch.ones(num_levels)), thresholds or Thresholds()
         self.apply(init_head)
         nn.init.constant_(self.cls_logits.bias, -math.log(99))

@@ -94,7 +94,7 @@ class ModelSettings:
     finest_stride: int | None = None  # of the low view's finest level: 2, 4 (as published) or 8; none: as neck_channels
     head_convs: int | None = None  # in each tower of the head; none: as neck_channels
     head_norm: str | None = None  # of the towers: "group", or "batch" (one for each level); none: as neck_channels
-    separable: bool | None = None  # depthwise-separable convolutions in neck and head; none: as neck_channels
+    separable: bool | None = None  # depthwise-separable 3×3 convolutions in neck and towers; none: as neck_channels
     all_widths: bool = False  # one student for every width of its backbone, switched at run time
     weights: str | None = None  # to start from: a backbone's or detector's file, or "pretrained" (of timm)
     short_side: int | None = None  # test size; none: as neck_channels
