@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS := runs/trees
+PRETRAINED := runs/trees-pretrained
+LOOKS := -p size small -p short_side 384 -p max_side 384 -p finest_stride 8
 # Kernel output goes to the terminal as it comes, progress bars included.
 PAPERMILL := $(BIN)/papermill --no-progress-bar --stdout-file - --stderr-file -
 
@@ -9,7 +11,7 @@ PAPERMILL := $(BIN)/papermill --no-progress-bar --stdout-file - --stderr-file -
 LONGEST := tests/test_processes.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
-.PHONY: help install demo models ablation check test slow gpu-check lab lint notebooks clean
+.PHONY: help install demo pretrained models ablation check test slow gpu-check lab lint notebooks clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/:/'
@@ -32,6 +34,21 @@ $(RUNS)/analysis/summary.txt: | install
 	@$(PAPERMILL) nbs/train_student.ipynb $(RUNS)/train_student.ipynb
 	@echo "3 of 3: analysis"
 	@$(PAPERMILL) nbs/analysis.ipynb $(RUNS)/analysis.ipynb
+
+pretrained: $(PRETRAINED)/analysis/summary.txt  ## the demo from ImageNet weights, with larger views (minutes)
+	@cat $<
+
+$(PRETRAINED)/analysis/summary.txt: | install
+	@mkdir -p $(PRETRAINED)
+	@echo "1 of 3: the teacher"
+	@$(PAPERMILL) $(LOOKS) -p weights pretrained -p iterations 300 -p out $(PRETRAINED)/teacher \
+		nbs/train_teacher.ipynb $(PRETRAINED)/train_teacher.ipynb
+	@echo "2 of 3: the student"
+	@$(PAPERMILL) -p teacher $(PRETRAINED)/teacher -p iterations 300 -p out $(PRETRAINED)/student \
+		nbs/train_student.ipynb $(PRETRAINED)/train_student.ipynb
+	@echo "3 of 3: analysis"
+	@$(PAPERMILL) -y "runs: [$(PRETRAINED)/teacher, $(PRETRAINED)/student]" -p out $(PRETRAINED)/analysis \
+		nbs/analysis.ipynb $(PRETRAINED)/analysis.ipynb
 
 models: demo  ## replace the bundled student by that of the demo
 	cp $(RUNS)/student-w0.25/model_final.pth models/trees.pth

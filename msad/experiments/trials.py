@@ -277,7 +277,9 @@ def processor() -> str:
     file = Path("/proc/cpuinfo")
     lines = [line.partition(":") for line in file.read_text().splitlines()] if file.exists() else []
     fields = {name.strip(): value.strip() for name, _, value in lines}
-    kinds = [kind for kind in ("avx2", "avx512f", "avx512_vnni", "amx_bf16") if kind in fields.get("flags", "").split()]
+    flags = fields.get("flags", "").split()
+    known = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16")
+    kinds = [kind for kind in known if kind in flags]
     return f"{fields.get('model name', 'unknown')} ({', '.join(kinds)}), {os.cpu_count()} cores"
 
 # %% ../../nbs/91_experiments.trials.ipynb #16c0e756
