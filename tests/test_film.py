@@ -174,7 +174,7 @@ def test_a_film_that_was_cut_is_kept_as_far_as_it_goes(place, tmp_path, capsys):
     assert [film["file_name"] for film in results["films"]] == ["a.mkv", "b.mp4"]
     for film in results["films"]:
         assert "of 6.0 seconds" in film["damage"] and film["damage"].startswith(str(folder / film["file_name"]))
-        assert 15 < film["frames"] < 30
+        assert 8 < film["frames"] < 30
         assert len(read_times(out / film["film"])) == len(read_lines(out / film["lines"])) == film["frames"]
         assert film["damage"] in capsys.readouterr().out or film["damage"] in results_text(out)
     (skipped,) = results["skipped"]  # its index was at the end
@@ -198,8 +198,8 @@ def test_what_is_no_film(place, tmp_path):
     write_sound(folder / "sound.mp4")
     (folder / "text.avi").write_text("no film")
     (folder / "empty.webm").write_bytes(b"")
-    strange = write_film(folder / "strange.mov", views(2), ("mpeg4", "yuv420p"))
-    strange.write_bytes(strange.read_bytes().replace(b"mp4v", b"zzzz"))
+    strange = write_film(folder / "strange.mov", views(2), ("png", "rgb24"))
+    strange.write_bytes(strange.read_bytes().replace(b"png ", b"zzzz"))
     out = predict(settings(folder, place, tmp_path / "out"))
     results = read_json(out / "results.json")
     reasons = {skipped["file_name"]: skipped["reason"] for skipped in results["skipped"]}
@@ -370,4 +370,5 @@ def test_a_full_disk_is_told(place, tmp_path):
     command = (FULL, "predict", "--images", film, "--model", place / "student.pth", "--out", tmp_path / "out")
     done = subprocess.run([sys.executable, "-c", *map(str, command)], capture_output=True, text=True)
     assert done.returncode != 0 and "cannot write" in done.stderr and "make room" in done.stderr
-    assert not (tmp_path / "out" / "results.json").exists() and not list((tmp_path / "out" / "films").glob("*.mkv.mp4"))
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert not (tmp_path / "out" / "films" / "film.mp4.mp4").exists()

@@ -6,7 +6,7 @@
 __all__ = ['FILM_ENDINGS', 'HD_ROWS', 'UNKNOWN', 'USUAL_RATE', 'ROOM', 'END', 'YELLOW', 'CODECS', 'GOP_SECONDS', 'BITS', 'TICKS',
            'COLOURS', 'is_film', 'require_av', 'Damage', 'decode_frames', 'Turn', 'read_turn', 'upright_pixels',
            'Frame', 'Film', 'frame_times', 'read_frames', 'stated_seconds', 'make_film', 'open_film', 'film_size',
-           'camera_address', 'open_device', 'open_camera', 'read_ahead', 'write_behind', 'label_font',
+           'camera_address', 'open_device', 'open_camera', 'read_ahead', 'write_behind', 'make_label',
            'draw_detections', 'choose_codec', 'add_pictures', 'frame_line', 'film_files', 'FilmWriter', 'damage_text',
            'describe_film', 'run_film', 'detect_film', 'film_strip']
 
@@ -217,7 +217,7 @@ def make_film(
     rate = stream.average_rate or stream.guessed_rate or USUAL_RATE
     frames = read_frames(itertools.chain([first], decoded), size, turn, rate, stream.time_base)
     seconds = None if live else stated_seconds(container, stream)
-    total = stream.frames or (round(seconds * rate) if seconds else None)
+    total = round(seconds * rate) if seconds else stream.frames or None  # trimmed films have more frames than they show
     upright = (size[::-1], 1 / aspect) if turn.swap else (size, aspect)
     return Film(name, upright[0], rate, upright[1], frames, seconds, total, live, damage)
 
@@ -358,14 +358,15 @@ YELLOW = "#F0E442"
 
 
 @cache
-def label_font(
-    text: str,
+def make_label(
+    text: str,  # class
     height: int,  # pixels
-) -> ImageFont.FreeTypeFont:
+) -> tuple[str, ImageFont.FreeTypeFont]:  # the text, with the number of a letter that no font has
     "Find a font that has the letters of a text, matplotlib's own first."
-    own = FontProperties().get_name()
-    others = [family for letter in text if (family := family_with(letter)) not in (None, own)]
-    return ImageFont.truetype(findfont(FontProperties(family=others[:1] or own)), height)
+    families, own = {letter: family_with(letter) for letter in text}, FontProperties().get_name()
+    family = next((family for family in families.values() if family not in (None, own)), own)
+    shown = "".join(letter if families[letter] else f"U+{ord(letter):04X}" for letter in text)
+    return shown, ImageFont.truetype(findfont(FontProperties(family=family)), height)
 
 
 def draw_detections(
@@ -382,8 +383,8 @@ def draw_detections(
         draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=line + 2)
         draw.rectangle((x1, y1, x2, y2), outline=YELLOW, width=line)
         if i >= MOST_TEXTS: continue
-        name = f"{names[i]} " if names else ""
-        place, text, font = (x1 + line, y1 + line), f"{name}{scores[i]:.2f}", label_font(name, height)
+        name, font = make_label(f"{names[i]} " if names else "", height)
+        place, text = (x1 + line, y1 + line), f"{name}{scores[i]:.2f}"
         draw.rectangle(draw.textbbox(place, text, font), fill="white")
         draw.text(place, text, "black", font)
 

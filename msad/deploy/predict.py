@@ -262,11 +262,17 @@ def make_results(
 # %% ../../nbs/77_deploy.predict.ipynb #4cee260c
 def frame_detector(
     predictor: Predictor,
-    tiling: Tiling | None,  # none: frames are resized as a whole
+    min_score: float,  # detections below are left out
+    size: tuple[int, int],  # height and width of the frames
+    tiling: Tiling | None,  # of large ones
 ) -> Detect:
     "Make the function that detects in frames as in photographs."
-    if tiling is None: return predictor
-    return lambda frames: [detect_tiled(predictor, DecodedPicture(frame), tiling) for frame in frames]
+
+    def detect(photographs: list[Image.Image]) -> list[Prediction]:
+        return [found.above(min_score) for found in predictor(photographs)]
+
+    if tiling is None or not tiling.applies(size): return detect
+    return lambda frames: [detect_tiled(detect, DecodedPicture(frame), tiling) for frame in frames]
 
 
 def add_films(
@@ -285,8 +291,8 @@ def add_films(
         try:
             if not kept.is_file():
                 with open_film(file) as film:
-                    detect = frame_detector(predictor, tiling if tiling and tiling.applies(film.size) else None)
-                    found = detect_film(detect, film, place, predictor.model.config, min_score)
+                    detect = frame_detector(predictor, min_score, film.size, tiling)
+                    found = detect_film(detect, film, place, predictor.model.config)
                 write_json(kept, describe_files(found, name, folder, place))
             results["films"].append(read_json(kept))
         except (FileNotFoundError, ValueError) as error:
@@ -325,7 +331,8 @@ def results_text(
     lines = [] if films and not results["images"] else [count_text(photographs, counts)]
     for film in films:
         dropped = f", {film['dropped']} dropped" if film["dropped"] else ""
-        what = f"{film['file_name']}, {film['frames']} frames in {film['seconds']:.1f} s{dropped}"
+        frames = "1 frame" if film["frames"] == 1 else f"{film['frames']} frames"
+        what = f"{film['file_name']}, {frames} in {film['seconds']:.1f} s{dropped}"
         lines += [count_text(what, film["objects"]), *([f"  {film['damage']}"] if film["damage"] else [])]
     if results["skipped"]: lines.append(f"skipped, since they cannot be read: {len(results['skipped'])}")
     return "\n".join([*lines, *(f"  {skipped['reason']}" for skipped in results["skipped"])])
@@ -376,14 +383,14 @@ def predict_camera(
         predictor = make_predictor(settings)
         config = predictor.model.config
         tiling = choose_tiling(settings.tile, settings.overlap, config)
-        if tiling and not tiling.applies(camera.size): tiling = None
+        detect = frame_detector(predictor, settings.min_score, camera.size, tiling)
         description = describe_prediction(settings, [], folder, config, tiling)
         description["images"] = f"camera {number} from {begun} on"
         is_finished(folder, description)  # no recording comes twice, so the folder has to be new
         print(f"camera {number}, {camera.size[1]}×{camera.size[0]}, to {display_path(folder)}; Ctrl-C ends it")
         write_json(folder / "settings.json", description)
         place = folder / "films" / f"camera{number}"
-        found = detect_film(frame_detector(predictor, tiling), camera, place, config, settings.min_score)
+        found = detect_film(detect, camera, place, config)
     film = describe_files(found, f"camera {number}", folder, place)
     results = {"images": [], "categories": list_categories(config), "annotations": [], "films": [film], "skipped": []}
     write_json(folder / "results.json", results)
