@@ -595,7 +595,8 @@ def film_strip(
         length = container.duration / 1e6
         for start in (i * length / count for i in range(count)):
             container.seek(int(start * 1e6))
-            frame = next(frame for frame in container.decode(stream) if frame.time >= start - 1e-3)
+            for frame in container.decode(stream):
+                if frame.time >= start - 1e-3: break  # or the last one, which may be shown for long
             picture = frame.to_image()
             pictures.append(picture.resize((max(1, round(picture.width * height / picture.height)), height)))
     strip = Image.new("RGB", (sum(picture.width + 4 for picture in pictures) - 4, height), "white")
