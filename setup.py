@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
-extras = {name: settings[f"{name}_requirements"].split() for name in ("export", "geo", "openvino", "pretrained")}
+EXTRAS = ("export", "film", "geo", "openvino", "pretrained")
+extras = {name: settings[f"{name}_requirements"].split() for name in EXTRAS}
 
 setup(
     name=settings["lib_name"],

@@ -27,7 +27,7 @@ COMMANDS = {
     "compare": Command(
         "msad.experiments.compare", "CompareSettings", "compare", "Tell whether to ship a student on your data.",
     ),
-    "predict": Command("msad.deploy.predict", "PredictSettings", "predict", "Detect objects in photographs."),
+    "predict": Command("msad.deploy.predict", "PredictSettings", "predict", "Detect objects in photographs or films."),
     "export": Command("msad.deploy.export", "ExportSettings", "export", "Write a detector for ONNX or OpenVINO."),
 }
 

@@ -32,7 +32,7 @@ FROM_WHEEL = """
 import importlib, pkgutil, sys
 from pathlib import Path
 
-ABSENT = ("nbdev", "fastcore", "execnb", "IPython", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
+ABSENT = ("nbdev", "fastcore", "execnb", "IPython", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "av")
 sys.modules.update({name: None for name in ABSENT})  # importing them fails
 target = Path(sys.argv[1]).resolve()
 import msad
