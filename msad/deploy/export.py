@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'PRECISIONS', 'PLACES', 'TOLERANCES', 'MOST_LOST', 'NAMED', 'export_file', 'ExportSettings', 'with_places',
-           'calibration_photographs', 'check_detections', 'compare_ap', 'loss_text', 'check_packages', 'exported_path',
-           'export']
+           'calibration_photographs', 'network_format', 'check_detections', 'compare_ap', 'loss_text', 'check_packages',
+           'exported_path', 'title_of', 'written_text', 'export']
 
 # %% ../../nbs/82_deploy.export.ipynb #8a431171
 import math
@@ -21,6 +21,7 @@ from ..data.layouts import find_splits, read_split
 from .onnx import compare_file, onnx_program
 from .openvino import openvino_network, quantized_openvino, save_openvino
 from .quantize import CalibrationViews, Views, check_layers, layer_errors, quantized_onnx
+from .web import check_folder, read_runtime, write_page
 from ..engine.exported import ENDINGS, open_detector, require
 from ..engine.weights import load_model
 from ..evaluation.coco_metrics import evaluate_coco
@@ -32,7 +33,7 @@ from ..runs.folders import data_folder, detector_file, display_path, read_settin
 from ..runs.settings import check_types, data_beside, val_path
 
 # %% ../../nbs/82_deploy.export.ipynb #3df4585b
-FORMATS = {"onnx": ".onnx", "openvino": ".xml"}
+FORMATS = {"onnx": ".onnx", "openvino": ".xml"}  # and the endings of their files; "web" is a folder around ONNX
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
@@ -60,9 +61,9 @@ class ExportSettings:
     "An export to be done. Raises a `ValueError` that names the field."
 
     model: str | None = None  # run folder, file (ours or published), or bundled weights by name; none: "trees"
-    format: str = "onnx"  # "onnx" or "openvino"
+    format: str = "onnx"  # "onnx", "openvino" or "web" (a page for browsers)
     precision: str = "fp32"  # of the network: "fp32", "fp16" (GPUs: half the size) or "int8" (processors: a quarter)
-    out: str | None = None  # file to write (.onnx, or .xml beside .bin), replaced; none: model.onnx beside the model
+    out: str | None = None  # file (.onnx, .xml) or folder (web) to write, replaced; none: model.onnx beside the model
     width: float | None = None  # of a detector of all widths; none: its widest
     score_thresh: float | None = None  # least probability of a class; none: the model's, as the next three
     nms_thresh: float | None = None  # IoU above which the weaker of two boxes of a class is dropped
@@ -78,12 +79,13 @@ class ExportSettings:
     calibration: int = 64  # training photographs that int8 is calibrated on, spread evenly
     exclude: tuple[str, ...] = ()  # layers that int8 leaves in float32, such as "head.cls_logits" or "backbone.stem"
     symmetric: bool = False  # int8 of ONNX as TensorRT takes it; slow on processors
+    runtime: str | None = None  # of web: file of `npm pack` with onnxruntime-web; none: fetched once from npm's registry
     num_images: int = 16  # photographs on which the detections of file and model are compared
     compare: bool | None = None  # AP of file and model on the whole split, too; none: for int8 alone
 
     def __post_init__(self):
         check_types(self)
-        for name, known in (("format", tuple(FORMATS)), ("precision", PRECISIONS)):
+        for name, known in (("format", (*FORMATS, "web")), ("precision", PRECISIONS)):
             if (value := getattr(self, name)) in known: continue
             raise ValueError(f"{name} is {value!r:.60}: choose one of " + ", ".join(f'"{choice}"' for choice in known))
         if isinstance(self.exclude, str): object.__setattr__(self, "exclude", (self.exclude,))
@@ -92,6 +94,10 @@ class ExportSettings:
                 raise ValueError(f"{name} is given and precision is {self.precision}: it is of int8, so leave one out")
         if self.symmetric and self.format != "onnx":
             raise ValueError(f"symmetric is True and format {self.format}: it is of ONNX, so leave one out")
+        if self.runtime and self.format != "web":
+            raise ValueError(f"runtime is given and format is {self.format}: it is of web, so leave one out")
+        if self.format == "web" and self.precision == "fp16":
+            raise ValueError('precision is fp16 and format web: it is for GPUs, so choose "fp32" or "int8"')
         named = self.val_annotations or self.train_annotations
         if named and self.data is None: object.__setattr__(self, "data", data_beside("trees", named))
 
@@ -131,6 +137,11 @@ def calibration_photographs(
     return images
 
 # %% ../../nbs/82_deploy.export.ipynb #72c65d86
+def network_format(settings: ExportSettings) -> str:
+    "Return the format of the network: a page holds ONNX."
+    return "onnx" if settings.format == "web" else settings.format
+
+
 # Part of the detections, most pixels and difference of scores, least score.
 TOLERANCES = {
     ("onnx", "fp32"): (1.0, 0.01, 1e-4, 0.0), ("openvino", "fp32"): (1.0, 0.01, 1e-4, 0.0),
@@ -141,7 +152,7 @@ TOLERANCES = {
 
 def check_detections(file: Path, model: Detector, settings: ExportSettings, photographs: CocoImages) -> None:
     "Print how far file and model are apart. Raises a `RuntimeError` when it is too far."
-    part, pixels, score, least = TOLERANCES[settings.format, settings.precision]
+    part, pixels, score, least = TOLERANCES[network_format(settings), settings.precision]
     images = [torch.from_numpy(view[0]) for view in CalibrationViews(model, photographs, settings.num_images)]
     agreement = compare_file(file, model, images, part, min_score=least)
     above = f" of a score from {least:g}" if least else ""
@@ -187,23 +198,46 @@ def loss_text(
 # %% ../../nbs/82_deploy.export.ipynb #82fca52d
 def check_packages(settings: ExportSettings) -> None:
     "Raise an `ImportError` with the cure when a package is missing."
-    packages = ["onnxscript", ENDINGS[FORMATS[settings.format]]]
+    packages = ["onnxscript", ENDINGS[FORMATS[network_format(settings)]]]
     if settings.precision == "int8": packages.append("nncf" if settings.format == "openvino" else "onnx")
+    if settings.format == "web": packages.append("platformdirs")
     for package in packages: require(package, "the export")
 
 
 def exported_path(settings: ExportSettings, source: Path) -> Path:
-    "Return the file to write. Raises a `ValueError` for another ending than the format's."
-    ending = FORMATS[settings.format]
+    "Return the file of the network. Raises a `ValueError` for another ending than the format's, or a folder in use."
+    ending = FORMATS[network_format(settings)]
     name = "model" if settings.width is None else f"model-w{settings.width:g}"
-    path = Path(settings.out).expanduser().resolve() if settings.out else source.with_name(name + ending)
+    web = settings.format == "web"
+    default = source.with_name(f"{name}-web" if web else name + ending)
+    path = Path(settings.out).expanduser().resolve() if settings.out else default
+    if web:
+        check_folder(path)
+        return path / "model.onnx"
     if path.suffix == ending: return path
     raise ValueError(f"out is {str(path)!r}: give a file whose name ends in {ending}, or another format")
 
 # %% ../../nbs/82_deploy.export.ipynb #01fe5c10
+def title_of(source: Path) -> str:
+    "Name a detector by its file, or by the folder of its run."
+    return source.parent.name if source.stem == "model_final" else source.stem
+
+
+def written_text(
+    settings: ExportSettings,
+    source: Path,  # weights
+    file: Path,  # the network
+) -> str:
+    "Tell what was written, and its size."
+    if settings.format == "web": path, parts = file.parent, [part for part in file.parent.rglob("*") if part.is_file()]
+    else: path, parts = file, [file, file.with_suffix(".bin")] if settings.format == "openvino" else [file]
+    size = sum(part.stat().st_size for part in parts)
+    return f"{display_path(source)} → {display_path(path)}, {size / 1e6:.1f} MB"
+
+# %% ../../nbs/82_deploy.export.ipynb #210df318
 def export(
     settings: ExportSettings,
-) -> Path:  # of the file
+) -> Path:  # of the file, or of the page's folder
     """Write a detector in a format and a precision, and compare file and model.
 
     Raises a `RuntimeError` when they differ, and before long work `ImportError`, `FileNotFoundError` or `ValueError`.
@@ -216,17 +250,18 @@ def export(
     set_thresholds(model, **{name: getattr(settings, name) for name in Thresholds._fields})
     check_layers(model, settings.exclude)
     photographs, views = CocoImages(read_split(val_path(settings))), ()
-    eight = settings.precision == "int8"
+    eight, web = settings.precision == "int8", settings.format == "web"
     if eight: views = CalibrationViews(model, calibration_photographs(settings, photographs), settings.calibration)
     compare = eight if settings.compare is None else settings.compare
     if compare: photographs = with_classes_of(model, source, photographs)
-    export_file(model, file, settings.format, settings.precision, views, settings.exclude, settings.symmetric)
-    written = [file, file.with_suffix(".bin")] if settings.format == "openvino" else [file]
-    size = sum(path.stat().st_size for path in written)
-    print(f"{display_path(source)} → {display_path(file)}, {size / 1e6:.1f} MB")
+    runtime = read_runtime(settings.runtime) if web else b""
+    form = network_format(settings)
+    export_file(model, file, form, settings.precision, views, settings.exclude, settings.symmetric)
+    if web: write_page(file.parent, model, runtime, settings.precision, title_of(source))
+    print(written_text(settings, source, file))
     check_detections(file, model, settings, photographs)
-    if not compare: return file
-    ours, theirs = compare_ap(file, model, photographs)
-    print(f"AP {ours:.1f} of the model, {theirs:.1f} of the file, on {len(photographs)} photographs")
-    if eight and ours - theirs > MOST_LOST: print(loss_text(model, views, ours - theirs, settings.exclude))
-    return file
+    if compare:
+        ours, theirs = compare_ap(file, model, photographs)
+        print(f"AP {ours:.1f} of the model, {theirs:.1f} of the file, on {len(photographs)} photographs")
+        if eight and ours - theirs > MOST_LOST: print(loss_text(model, views, ours - theirs, settings.exclude))
+    return file.parent if web else file
