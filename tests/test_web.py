@@ -58,7 +58,7 @@ def page(chromium, address):
     "The page, loaded; errors of its code fail the test."
     context, errors = chromium.new_context(permissions=["clipboard-read", "clipboard-write"]), []
     opened = context.new_page()
-    opened.on("pageerror", errors.append)
+    opened.on("pageerror", lambda error: errors.append(error))
     open_page(opened, address)
     yield opened
     context.close()

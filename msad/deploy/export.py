@@ -79,7 +79,7 @@ class ExportSettings:
     calibration: int = 64  # training photographs that int8 is calibrated on, spread evenly
     exclude: tuple[str, ...] = ()  # layers that int8 leaves in float32, such as "head.cls_logits" or "backbone.stem"
     symmetric: bool = False  # int8 of ONNX as TensorRT takes it; slow on processors
-    runtime: str | None = None  # of web: file of `npm pack` with onnxruntime-web; none: fetched once from npm's registry
+    runtime: str | None = None  # of web: onnxruntime-web, from `npm pack`; none: fetched once from npm's registry
     num_images: int = 16  # photographs on which the detections of file and model are compared
     compare: bool | None = None  # AP of file and model on the whole split, too; none: for int8 alone
 

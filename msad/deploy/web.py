@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUNTIME', 'VERSION', 'INTEGRITY', 'PACKED', 'PAGE', 'NEEDED', 'HEADERS', 'LOADER', 'has_integrity', 'registry',
-           'fetch', 'read_runtime', 'check_folder', 'describe_page', 'write_page', 'IsolatedFiles', 'make_server',
-           'serve', 'show_page']
+           'fetch', 'read_runtime', 'check_folder', 'describe_page', 'copy_to', 'write_page', 'IsolatedFiles',
+           'make_server', 'serve', 'show_page']
 
 # %% ../../nbs/81_deploy.web.ipynb #5be241b1
 import base64
@@ -19,8 +19,9 @@ from functools import partial
 from http.client import HTTPException
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -82,7 +83,7 @@ def read_runtime(
     path = user_cache_path("msad") / f"{RUNTIME}-{VERSION}.tgz"
     if path.is_file() and has_integrity(content := path.read_bytes()): return content
     content = fetch(address := f"{registry()}/{RUNTIME}/-/{RUNTIME}-{VERSION}.tgz")
-    if not has_integrity(content): raise ValueError(f"runtime: {address} is another file than npm's: ask another registry")
+    if not has_integrity(content): raise ValueError(f"runtime: {address} is not npm's file: choose another registry")
     write_atomically(path, lambda file: file.write(content))
     return content
 
@@ -115,6 +116,11 @@ def describe_page(model: Detector, precision: str, title: str, size: int) -> dic
     }
 
 # %% ../../nbs/81_deploy.web.ipynb #ba2ff26c
+def copy_to(source: Traversable, file: IO[bytes]) -> None:
+    "Copy a file of the package into an open one."
+    file.write(source.read_bytes())
+
+
 def write_page(
     folder: Path,  # holds `model.onnx`, the detector exported
     model: Detector,
@@ -131,7 +137,7 @@ def write_page(
     write_json(folder / "detector.json", describe_page(model, precision, title, size))
     for file in sorted(PAGE.iterdir(), key=lambda file: file.name == "index.html"):
         path = folder / ("onnxruntime/LICENSE.txt" if file.name == "onnxruntime-web.txt" else file.name)
-        write_atomically(path, lambda to, content=file.read_bytes(): to.write(content))
+        write_atomically(path, partial(copy_to, file))
 
 # %% ../../nbs/81_deploy.web.ipynb #16dfaa00
 HEADERS = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
