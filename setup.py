@@ -20,6 +20,7 @@ setup(
     license=settings["license"].upper(),
     keywords=settings["keywords"],
     packages=find_packages(include=["msad", "msad.*"]),
+    package_data={"msad.deploy": ["page/*"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={

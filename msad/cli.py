@@ -28,7 +28,7 @@ COMMANDS = {
         "msad.experiments.compare", "CompareSettings", "compare", "Tell whether to ship a student on your data.",
     ),
     "predict": Command("msad.deploy.predict", "PredictSettings", "predict", "Detect objects in photographs or films."),
-    "export": Command("msad.deploy.export", "ExportSettings", "export", "Write a detector for ONNX or OpenVINO."),
+    "export": Command("msad.deploy.export", "ExportSettings", "export", "Write a detector for ONNX, OpenVINO, a page."),
 }
 
 # %% ../nbs/96_cli.ipynb #ca3d8e24

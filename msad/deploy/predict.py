@@ -229,7 +229,7 @@ def list_categories(config: ModelConfig) -> list[dict]:
     "List a detector's categories in COCO's format."
     return [{"id": i, "name": name} for i, name in zip(config.category_ids, config.class_names, strict=True)]
 
-
+# %% ../../nbs/77_deploy.predict.ipynb #8723fa8a
 def make_results(
     predictor: Predictor,
     files: list[Path],
@@ -298,7 +298,7 @@ def add_films(
         except (FileNotFoundError, ValueError) as error:
             results["skipped"].append({"file_name": name, "reason": str(error)})
 
-
+# %% ../../nbs/77_deploy.predict.ipynb #743f77f1
 def describe_files(
     found: dict,  # of `detect_film`
     name: str,  # of the film
