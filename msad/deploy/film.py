@@ -7,8 +7,8 @@ __all__ = ['FILM_ENDINGS', 'HD_ROWS', 'UNKNOWN', 'USUAL_RATE', 'ROOM', 'END', 'Y
            'COLOURS', 'is_film', 'require_av', 'Damage', 'decode_frames', 'Turn', 'read_turn', 'upright_pixels',
            'Frame', 'Film', 'frame_times', 'read_frames', 'stated_seconds', 'make_film', 'open_film', 'film_size',
            'camera_address', 'open_device', 'open_camera', 'read_ahead', 'write_behind', 'make_label',
-           'draw_detections', 'choose_codec', 'add_pictures', 'frame_line', 'film_files', 'FilmWriter', 'damage_text',
-           'describe_film', 'run_film', 'detect_film', 'film_strip']
+           'draw_detections', 'choose_codec', 'add_pictures', 'to_encode', 'frame_line', 'film_files', 'open_files',
+           'finish_files', 'FilmWriter', 'damage_text', 'describe_film', 'run_film', 'detect_film', 'film_strip']
 
 # %% ../../nbs/73_deploy.film.ipynb #75b50883
 import importlib.util
@@ -406,7 +406,7 @@ def choose_codec(
     codec = next(codec for codec in CODECS if codec in av.codecs_available and not (odd and codec == CODECS[1]))
     return codec, "yuv444p" if odd and codec == CODECS[0] else "yuv420p"
 
-
+# %% ../../nbs/73_deploy.film.ipynb #d7ed6a74
 def add_pictures(
     container: object,  # of PyAV, to be written
     film: Film,  # to be like
@@ -427,6 +427,20 @@ def add_pictures(
     if codec != CODECS[0]: context.bit_rate = round(BITS * film.size[0] * film.size[1] * film.rate)
     return stream
 
+
+def to_encode(
+    photograph: Image.Image,  # RGB
+    kind: str,  # of pixels
+    time_base: Fraction,  # seconds
+) -> object:  # PyAV's frame
+    "Convert a photograph to pixels that an encoder takes."
+    import av
+
+    frame = av.VideoFrame.from_ndarray(np.asarray(photograph), format="rgb24")
+    frame = frame.reformat(format=kind, dst_colorspace=COLOURS[photograph.height >= HD_ROWS][0])
+    frame.time_base = time_base
+    return frame
+
 # %% ../../nbs/73_deploy.film.ipynb #11e9914f
 def frame_line(
     frame: Frame,
@@ -445,7 +459,7 @@ def frame_line(
     }
     return json.dumps(columns, ensure_ascii=False)
 
-
+# %% ../../nbs/73_deploy.film.ipynb #d67646fb
 def film_files(
     place: Path,  # folder and name
     state: str = "",  # such as ".unfinished"
@@ -453,9 +467,30 @@ def film_files(
     "Name the annotated film and its lines."
     return tuple(place.with_name(f"{place.name}{state}.{ending}") for ending in ("mp4", "jsonl"))
 
+
+def open_files(
+    place: Path,  # folder and name
+) -> tuple[IO[str], object]:  # lines, and PyAV's container
+    "Open the files to be written, with unfinished names."
+    import av
+
+    film, lines = film_files(place, ".unfinished")
+    film.parent.mkdir(parents=True, exist_ok=True)
+    container = av.open(str(film), "w", options={"movflags": "+hybrid_fragmented", "flush_packets": "1"})
+    return open(lines, "w", encoding="utf-8", buffering=1), container
+
+
+def finish_files(
+    place: Path,  # folder and name
+) -> None:
+    "Give complete files their names."
+    for unfinished, path in zip(film_files(place, ".unfinished"), film_files(place), strict=True):
+        with open(unfinished, "rb+") as file: os.fsync(file.fileno())
+        os.replace(unfinished, path)
+
 # %% ../../nbs/73_deploy.film.ipynb #4ed289fb
 class FilmWriter:
-    "Within it, an annotated film and its lines are written; `finish` gives them their names. May raise an `OSError`."
+    "Within it, an annotated film and its lines are written, with unfinished names. May raise an `OSError`."
 
     def __init__(
         self,
@@ -470,32 +505,20 @@ class FilmWriter:
         self.count, self.last, self.time, self.pts, self.objects = 0, -1, 0.0, -1, Counter()
 
     def __enter__(self) -> "FilmWriter":
-        import av
-
-        film, lines = film_files(self.place, ".unfinished")
-        film.parent.mkdir(parents=True, exist_ok=True)
-        self.lines: IO[str] = open(lines, "w", encoding="utf-8", buffering=1)
-        options = {"movflags": "+hybrid_fragmented", "flush_packets": "1"}
-        self.container = av.open(str(film), "w", options=options)
+        self.lines, self.container = open_files(self.place)
         self.stream = add_pictures(self.container, self.film, self.codec, self.kind)
         return self
 
     def write(self, frame: Frame, found: Mapping[str, Tensor]) -> None:
         "Draw and write a frame."
-        import av
-
-        good = found["scores"] >= self.min_score
-        found = {name: found[name][good].cpu() for name in ("boxes", "scores", "labels")}
+        found = {name: found[name][found["scores"] >= self.min_score].cpu() for name in ("boxes", "scores", "labels")}
         names = [self.config.class_names[label] for label in found["labels"].tolist()]
-        line = frame_line(frame, found, self.config)
         several = len(self.config.class_names) > 1
         draw_detections(frame.photograph, found["boxes"], found["scores"], names if several else None)
-        drawn = av.VideoFrame.from_ndarray(np.asarray(frame.photograph), format="rgb24")
-        drawn = drawn.reformat(format=self.kind, dst_colorspace=COLOURS[self.film.size[0] >= HD_ROWS][0])
-        drawn.time_base = self.stream.codec_context.time_base
+        drawn = to_encode(frame.photograph, self.kind, self.stream.codec_context.time_base)
         self.pts = drawn.pts = max(round(frame.time / drawn.time_base), self.pts + 1)
         self.container.mux(self.stream.encode(drawn))
-        self.lines.write(f"{line}\n")
+        self.lines.write(f"{frame_line(frame, found, self.config)}\n")
         self.count, self.last, self.time = self.count + 1, frame.number, frame.time
         self.objects.update(names)
 
@@ -505,12 +528,6 @@ class FilmWriter:
         finally:
             self.lines.close()
             self.container.close()
-
-    def finish(self) -> None:
-        "Give the files their names."
-        for unfinished, path in zip(film_files(self.place, ".unfinished"), film_files(self.place), strict=True):
-            with open(unfinished, "rb+") as file: os.fsync(file.fileno())
-            os.replace(unfinished, path)
 
 # %% ../../nbs/73_deploy.film.ipynb #65b93a86
 def damage_text(
@@ -528,7 +545,7 @@ def damage_text(
 
 
 def describe_film(
-    writer: FilmWriter,  # that has finished
+    writer: FilmWriter,  # left
 ) -> dict:
     "Describe for `results.json` what was detected in a film."
     film, step = writer.film, float(1 / writer.film.rate)
@@ -573,7 +590,7 @@ def detect_film(
     try:
         with StopRequest() as stop, FilmWriter(place, film, config, min_score) as writer:
             run_film(detect, film, writer, stop)
-        if not stop.received or film.live: writer.finish()
+        if not stop.received or film.live: finish_files(place)
     except OSError as error: raise cannot_write(film_files(place)[0], error) from error
     if stop.received and not film.live:
         print(f"stopped after {writer.count} frames, which are in {display_path(film_files(place, '.unfinished')[0])}")

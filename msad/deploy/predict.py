@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['full_path', 'matching_files', 'image_files', 'left_out', 'camera_number', 'PredictSettings', 'fingerprint_files',
            'describe_prediction', 'is_finished', 'choose_tiled', 'tiled_prediction', 'stream_files', 'result_name',
-           'list_categories', 'make_results', 'frame_detector', 'add_films', 'describe_files', 'count_text',
+           'list_categories', 'make_results', 'frame_detector', 'describe_files', 'add_films', 'count_text',
            'results_text', 'make_predictor', 'results_folder', 'announce', 'predict_camera', 'predict']
 
 # %% ../../nbs/77_deploy.predict.ipynb #49e4db0b
@@ -26,14 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.files import read_json, write_json
-from msad.data.windows import (
-    DecodedPicture,
-    has_place,
-    has_rasterio,
-    picture_size,
-    require_rasterio,
-    tiff_header,
-)
+from ..data.windows import DecodedPicture, has_place, has_rasterio, picture_size, require_rasterio, tiff_header
 from .film import detect_film, film_files, film_size, is_film, open_camera, open_film, require_av
 from .predictor import Prediction, Predictor
 from .tiles import detect_file, write_geojson
@@ -229,7 +222,7 @@ def list_categories(config: ModelConfig) -> list[dict]:
     "List a detector's categories in COCO's format."
     return [{"id": i, "name": name} for i, name in zip(config.category_ids, config.class_names, strict=True)]
 
-# %% ../../nbs/77_deploy.predict.ipynb #8723fa8a
+# %% ../../nbs/77_deploy.predict.ipynb #3249d109
 def make_results(
     predictor: Predictor,
     files: list[Path],
@@ -275,6 +268,17 @@ def frame_detector(
     return lambda frames: [detect_tiled(detect, DecodedPicture(frame), tiling) for frame in frames]
 
 
+def describe_files(
+    found: dict,  # of `detect_film`
+    name: str,  # of the film
+    folder: Path,  # of the results
+    place: Path,  # of the film's results
+) -> dict:
+    "Describe a film's results with their files, relative to the folder."
+    film, lines = (result_name(path, folder) for path in film_files(place))
+    return {"file_name": name, **found, "film": film, "lines": lines}
+
+# %% ../../nbs/77_deploy.predict.ipynb #7363979d
 def add_films(
     results: dict[str, list],  # of `make_results`, which get `films` and `skipped`
     predictor: Predictor,
@@ -298,17 +302,6 @@ def add_films(
         except (FileNotFoundError, ValueError) as error:
             results["skipped"].append({"file_name": name, "reason": str(error)})
 
-# %% ../../nbs/77_deploy.predict.ipynb #743f77f1
-def describe_files(
-    found: dict,  # of `detect_film`
-    name: str,  # of the film
-    folder: Path,  # of the results
-    place: Path,  # of the film's results
-) -> dict:
-    "Describe a film's results with their files, relative to the folder."
-    film, lines = (result_name(path, folder) for path in film_files(place))
-    return {"file_name": name, **found, "film": film, "lines": lines}
-
 # %% ../../nbs/77_deploy.predict.ipynb #08ead209
 def count_text(
     what: str,  # such as "3 photographs"
@@ -318,7 +311,7 @@ def count_text(
     found = ", ".join(f"{count} × {name}" for name, count in counts.items() if count)
     return f"{what}: {found or 'nothing found'}"
 
-
+# %% ../../nbs/77_deploy.predict.ipynb #63ff08fc
 def results_text(
     folder: Path,  # of finished predictions
 ) -> str:
