@@ -50,9 +50,10 @@ $(PRETRAINED)/analysis/summary.txt: | install
 	@$(PAPERMILL) -y "runs: [$(PRETRAINED)/teacher, $(PRETRAINED)/student]" -p out $(PRETRAINED)/analysis \
 		nbs/analysis.ipynb $(PRETRAINED)/analysis.ipynb
 
-models: demo  ## replace the bundled student by that of the demo
-	cp $(RUNS)/student-w0.25/model_final.pth models/trees.pth
-	cp $(RUNS)/student-w0.25/metrics.json models/trees.json
+models: pretrained  ## replace the bundled student by that of `make pretrained`, with 16 bits a weight
+	$(BIN)/python -c 'from msad import load_model; from msad.engine.weights import save_model; \
+		save_model("models/trees.pth", load_model("$(PRETRAINED)/student"), half=True)'
+	cp $(PRETRAINED)/student/metrics.json models/trees.json
 
 ablation: install  ## repeat the ablation, on the bundled photographs and on synthetic ones, from nothing; goes on where it was stopped (hours)
 	@mkdir -p $(RUNS) runs/synthetic
