@@ -20,7 +20,7 @@ def test_record_is_reproduced(tmp_path):
     folder = evaluate(EvaluateSettings(model="trees", out=str(tmp_path / "run"), devices="cpu", workers=0))
     metrics = json.loads((folder / "metrics.json").read_text())
     # Processors round differently, which moves AP by hundredths.
-    assert metrics["AP"] == pytest.approx(record["AP"], abs=0.1) and record["AP50"] >= 40
+    assert metrics["AP"] == pytest.approx(record["AP"], abs=0.1) and record["AP50"] >= 50
     assert (ROOT / "models" / "trees.pth").stat().st_size < 9e6
 
 
