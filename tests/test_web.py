@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -265,7 +266,7 @@ def test_milliseconds(folder, chromium, isolated):
 def test_below_a_cell_in_jupyterlab(folder, chromium, tmp_path):
     place = tmp_path / "a folder"
     place.mkdir()
-    (place / "page").symlink_to(folder)
+    shutil.copytree(folder, place / "page")
     code = {"cell_type": "code", "id": "a", "metadata": {}, "outputs": [], "execution_count": None}
     code["source"] = "from msad.deploy.web import show_page\nshow_page('page')"
     kernel = {"display_name": "python3", "language": "python", "name": "python3"}
@@ -286,8 +287,12 @@ def test_below_a_cell_in_jupyterlab(folder, chromium, tmp_path):
         root, token = lines[0].split("http://")[1].split("/lab?token=")
         page = chromium.new_page(viewport={"width": 1300, "height": 1100})
         page.goto(f"http://{root}/lab/tree/a%20folder/shown.ipynb?token={token.strip()}")
-        page.wait_for_selector(".jp-Notebook .jp-CodeCell .cm-content", timeout=300_000).click()
-        page.keyboard.press("Shift+Enter")
+        cell = page.locator(".jp-Notebook .jp-CodeCell").first
+        for _ in range(30):  # what is run before the kernel is connected is lost
+            cell.locator(".cm-content").click(timeout=300_000)
+            page.keyboard.press("Shift+Enter")
+            page.wait_for_timeout(3000)
+            if cell.locator(".jp-InputPrompt").inner_text() != "[ ]:": break
         frame = page.wait_for_selector(".jp-OutputArea iframe", timeout=300_000).content_frame()
         frame.wait_for_selector("#choose:enabled", timeout=300_000)
         give(frame, PHOTOGRAPHS[:2])

@@ -178,12 +178,15 @@ def serve(
 # %% ../../nbs/81_deploy.web.ipynb #979fd853
 LOADER = """<!doctype html><body style="font: 1em system-ui"><p>Loading …</p><script type="module">
 const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
-let answer;
-for (let i = 0; i < 50 && !answer?.ok; i++, await wait(100)) answer = await fetch(frameElement.src).catch(() => null);
-if (answer?.ok) {
-  const page = (await answer.text()).replace("<head>", `<head><base href="${new URL("./", answer.url)}">`);
+let address, page;
+for (let i = 0; i < 100 && !page; i++, await wait(100)) {
+  const answer = await fetch(frameElement.src).catch(() => null);
+  const text = answer?.ok ? await answer.text() : "";
+  if (text.includes("page.js")) [address, page] = [new URL("./", answer.url), text];
+}
+if (page) {
   document.open();
-  document.write(page);
+  document.write(page.replace("<head>", `<head><base href="${address}">`));
   document.close();
 } else document.querySelector("p").textContent = "Jupyter does not serve FOLDER: give a folder beside this notebook.";
 </script>"""

@@ -20,26 +20,46 @@ async function measure(file) {
   }
 }
 
+/** Fetch a file and tell how much of it has come. */
+async function fetchBytes(name, tell = () => {}) {
+  const response = await fetch(new URL(name, import.meta.url)).catch(() => null);
+  if (!response) throw new Error(`${name} did not come: check the connection to the server, and load the page again.`);
+  if (!response.ok) throw new Error(`${name} did not come, the server answers ${response.status}: put it back.`);
+  const parts = [];
+  const reader = response.body.getReader();
+  for (let part; !(part = await reader.read()).done; ) {
+    parts.push(part.value);
+    tell(part.value.length);
+  }
+  return new Uint8Array(await new Blob(parts).arrayBuffer());
+}
+
 export class Detector {
   #worker;
   #waiting = new Map();
   #count = 0;
+  #broken = "";
 
   /** Fetch runtime and network and open them; `tell(done, all)` hears of the bytes that have come. */
   static async load(tell = () => {}) {
     const detector = new Detector();
-    // Through a blob, since Jupyter forbids the workers that it serves to read further files.
-    const start = new Blob([`import ${JSON.stringify(new URL("worker.js", import.meta.url).href)};`], { type: "text/javascript" });
-    detector.#worker = new Worker(URL.createObjectURL(start), { type: "module" });
+    detector.#worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
     detector.#worker.onmessage = ({ data }) => detector.#hear(data);
     detector.#worker.onerror = () => detector.#fail("The detector did not start: load the page again, in a current browser.");
-    Object.assign(detector, await detector.#ask({ tell }));
-    return detector; // with `about`, what detector.json says, and `threads`
+    const description = JSON.parse(new TextDecoder().decode(await fetchBytes("detector.json")));
+    let done = 0;
+    const count = (bytes) => tell((done += bytes), description.bytes);
+    // Fetched here, since Jupyter forbids the workers that it serves to do so.
+    const names = ["onnxruntime/ort-wasm-simd-threaded.wasm", "model.onnx"];
+    const [wasm, model] = await Promise.all(names.map((name) => fetchBytes(name, count)));
+    const { threads } = await detector.#ask({ files: { description, wasm, model } }, [wasm.buffer, model.buffer]);
+    return Object.assign(detector, { about: description, threads });
   }
 
   /**
    * Detect in a picture file or an ImageBitmap, which is used up: `width` and `height` (pixels), `found`, best first,
-   * each with `box` (x0, y0, x1, y1, pixels), `score` and `label` (its place in `about.class_names`), and `ms`.
+   * each with `box` (x0, y0, x1, y1, pixels), `score` and `label` (its place in `about.class_names`), and `ms` of each
+   * step. `about` is what detector.json says, `threads` how many compute.
    * Fails with one sentence for what is no photograph.
    */
   async detect(source) {
@@ -50,24 +70,25 @@ export class Detector {
         `${source.name} has ${width} × ${height} pixels and this page takes ${most} a side: cut it into parts, or use "msad predict".`,
       );
     }
-    return this.#ask({ source, transfer: source instanceof ImageBitmap ? [source] : [] });
+    return this.#ask({ source }, source instanceof ImageBitmap ? [source] : []);
   }
 
-  #ask({ source, tell, transfer = [] }) {
+  #ask(message, transfer) {
     return new Promise((resolve, reject) => {
-      this.#waiting.set(++this.#count, { resolve, reject, tell });
-      this.#worker.postMessage({ id: this.#count, source }, transfer);
+      if (this.#broken) throw new Error(this.#broken);
+      this.#waiting.set(++this.#count, { resolve, reject });
+      this.#worker.postMessage({ id: this.#count, ...message }, transfer);
     });
   }
 
-  #hear({ id, answer, error, done, all }) {
-    const { resolve, reject, tell } = this.#waiting.get(id);
-    if (done) return tell(done, all);
+  #hear({ id, answer, error }) {
+    const { resolve, reject } = this.#waiting.get(id);
     this.#waiting.delete(id);
     error ? reject(new Error(error)) : resolve(answer);
   }
 
   #fail(sentence) {
+    this.#broken = sentence;
     for (const { reject } of this.#waiting.values()) reject(new Error(sentence));
     this.#waiting.clear();
   }

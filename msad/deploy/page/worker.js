@@ -8,33 +8,13 @@ const BAND = 2 ** 20; // pixels that are read at a time
 
 let about, session;
 
-/** Fetch a file and tell how much of it has come. */
-async function fetchBytes(address, tell) {
-  const response = await fetch(address).catch(() => null);
-  const name = address.pathname.split("/").pop();
-  if (!response) throw new Error(`${name} did not come: check the connection to the server, and load the page again.`);
-  if (!response.ok) throw new Error(`${name} did not come, the server answers ${response.status}: put it back.`);
-  const parts = [];
-  const reader = response.body.getReader();
-  for (let part; !(part = await reader.read()).done; ) {
-    parts.push(part.value);
-    tell(part.value.length);
-  }
-  return new Uint8Array(await new Blob(parts).arrayBuffer());
-}
-
-/** Open the network; returns what describes it, and the threads that compute. */
-async function load(tell) {
-  const here = (name) => new URL(name, import.meta.url);
-  about = JSON.parse(new TextDecoder().decode(await fetchBytes(here("detector.json"), () => {})));
-  let done = 0;
-  const count = (bytes) => tell((done += bytes), about.bytes);
-  const files = [here("onnxruntime/ort-wasm-simd-threaded.wasm"), here("model.onnx")];
-  const [wasm, model] = await Promise.all(files.map((file) => fetchBytes(file, count)));
+/** Open the network from the bytes of its file and of the runtime's; returns the threads that compute. */
+async function load({ description, wasm, model }) {
+  about = description;
   const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, MAX_THREADS) : 1;
   Object.assign(env.wasm, { wasmBinary: wasm, numThreads: threads });
   session = await InferenceSession.create(model, { executionProviders: ["wasm"], logSeverityLevel: 3 });
-  return { about, threads };
+  return { threads };
 }
 
 /** Tell in a sentence why a file is no photograph. */
@@ -107,10 +87,9 @@ async function detect(source) {
   }
 }
 
-self.onmessage = async ({ data: { id, source } }) => {
+self.onmessage = async ({ data: { id, source, files } }) => {
   try {
-    const answer = source ? await detect(source) : await load((done, all) => self.postMessage({ id, done, all }));
-    self.postMessage({ id, answer });
+    self.postMessage({ id, answer: files ? await load(files) : await detect(source) });
   } catch (error) {
     self.postMessage({ id, error: error.message });
   }
