@@ -123,7 +123,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
 
 # Of detections of a score from 0.3, nine in ten differ by at most so many pixels of the photograph, and so much score.
 NEAR = {
-    ("onnx", "fp32"): (0.05, 1e-4), ("onnx", "fp16"): (0.5, 5e-3), ("onnx", "int8"): (8, 0.06),
+    ("onnx", "fp32"): (0.05, 1e-4), ("onnx", "fp16"): (0.5, 5e-3), ("onnx", "int8"): (8, 0.08),
     ("openvino", "fp32"): (0.05, 1e-4), ("openvino", "fp16"): (4, 0.03), ("openvino", "int8"): (8, 0.06),
 }
 
@@ -195,10 +195,10 @@ def test_exported_files_are_evaluated_and_predict(files, form, capsys, tmp_path)
 @pytest.mark.slow
 def test_a_layer_that_eight_bits_spoil_is_named_and_left_out(tmp_path, capsys):
     model = load_model(TREES)
-    body = model.backbone.stages[0][0].body
+    (first, *_), (second, *_), *_ = model.backbone.network.blocks
     with torch.no_grad():  # the same network, but one channel leaves the others few of the 256 steps
-        for values in (body[1].weight, body[1].bias): values[0] *= 3000
-        body[3].weight[:, 0] /= 3000
+        for values in (first.bn2.weight, first.bn2.bias): values[0] *= 3000
+        second.conv_pw.weight[:, 0] /= 3000
     save_model(tmp_path / "model.pth", model)
     asked = dict(model=str(tmp_path / "model.pth"), precision="int8", data="trees", calibration=16)
     export(ExportSettings(**asked))
@@ -206,7 +206,7 @@ def test_a_layer_that_eight_bits_spoil_is_named_and_left_out(tmp_path, capsys):
     assert re.search(r"AP \d+\.\d of the model, \d+\.\d of the file, on 30 photographs", printed)
     assert "warning: int8 costs" in printed
     exclude = tuple(printed.split("with exclude ")[1].split())
-    assert exclude[0] == "backbone.stages.0.0.body.3"
+    assert exclude[0] == "backbone.network.blocks.1.0.conv_pw"
     export(ExportSettings(**asked, exclude=exclude[0]))
     assert "warning" not in capsys.readouterr().out
 
