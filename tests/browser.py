@@ -67,7 +67,7 @@ def draw_picture(path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
         export(ExportSettings(format="web", out=f"{folder}/page"))
         with served(make_server(f"{folder}/page")) as address:
-            page = chromium.new_page(viewport={"width": 940, "height": 640})
+            page = chromium.new_page(viewport={"width": 940, "height": 668})
             open_page(page, address)
             give(page, PHOTOGRAPHS[:5])
             page.click("#strip button:nth-child(5)")
