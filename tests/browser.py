@@ -67,11 +67,11 @@ def draw_picture(path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
         export(ExportSettings(format="web", out=f"{folder}/page"))
         with served(make_server(f"{folder}/page")) as address:
-            page = chromium.new_page(viewport={"width": 940, "height": 640})
+            page = chromium.new_page(viewport={"width": 940, "height": 600})
             open_page(page, address)
             give(page, PHOTOGRAPHS[:5])
             page.click("#strip button:nth-child(5)")
-            picture = Image.open(io.BytesIO(page.screenshot()))
+            picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
     picture.convert("RGB").quantize(200).save(path, optimize=True)
 
 

@@ -237,11 +237,14 @@ def test_a_run_knows_its_data(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"format": "caffe"}, 'format is \'caffe\': choose one of "onnx", "openvino"'),
+        ({"format": "caffe"}, 'format is \'caffe\': choose one of "onnx", "openvino", "web"'),
         ({"precision": "int4"}, 'precision is \'int4\': choose one of "fp32", "fp16", "int8"'),
         ({"exclude": ["head"]}, "exclude is given and precision is fp32: it is of int8"),
         ({"symmetric": True}, "symmetric is given and precision is fp32: it is of int8"),
         ({"calibration": 0}, "calibration is 0: choose a whole number from 1 on"),
+        ({"runtime": "packed.tgz"}, "runtime is given and format is onnx: it is of web"),
+        ({"format": "web", "precision": "fp16"}, 'it is for GPUs, so choose "fp32" or "int8"'),
+        ({"format": "web", "runtime": "/nowhere.tgz"}, "there is no file /nowhere.tgz: write it with `npm pack"),
         ({"format": "openvino", "out": "student.onnx"}, "give a file whose name ends in .xml, or another format"),
         ({"precision": "int8", "exclude": ["hed.cls_logits"]}, "is no layer of the model; there are head.cls_logits"),
         ({"precision": "int8", "data": "/nowhere"}, "/nowhere"),
@@ -257,6 +260,7 @@ def test_odd_settings_are_answered_with_a_sentence(asked, sentence, tmp_path):
     ("package", "asked", "extra"),
     [
         ("onnxruntime", {}, "export"), ("onnxscript", {"format": "openvino"}, "export"),
+        ("platformdirs", {"format": "web"}, "export"),
         ("openvino", {"format": "openvino"}, "openvino"),
         ("nncf", {"format": "openvino", "precision": "int8"}, "openvino"),
     ],

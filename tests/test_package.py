@@ -91,6 +91,11 @@ def test_the_wheel_works_without_the_tools_that_wrote_it(installed, tmp_path):
     assert set(names) == set(MODULES)
 
 
+def test_the_wheel_holds_the_page(installed):
+    page = ROOT / "msad/deploy/page"
+    assert {path.name for path in (installed / "msad/deploy/page").iterdir()} == {path.name for path in page.iterdir()}
+
+
 def test_the_wheel_holds_the_package_alone(installed):
     (info,) = installed.glob("*.dist-info")
     assert {path.name for path in installed.iterdir()} == {"bin", "msad", info.name}

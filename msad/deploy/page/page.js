@@ -40,7 +40,9 @@ function makeBox({ box: [x0, y0, x1, y1], score, label }, { width, height }) {
   const element = document.createElement("div");
   const text = document.createElement("span");
   const names = detector.about.class_names;
-  element.className = y0 / height < 0.03 ? "box top" : "box";
+  element.className = "box";
+  element.classList.toggle("top", y0 / height < 0.03);
+  element.classList.toggle("right", (x0 + x1) / 2 / width > 0.75);
   element.style.cssText = `left:${(100 * x0) / width}%; top:${(100 * y0) / height}%;
     width:${(100 * (x1 - x0)) / width}%; height:${(100 * (y1 - y0)) / height}%; --hue:${hue(label)}`;
   text.textContent = names.length > 1 ? `${names[label]} ${score.toFixed(2)}` : score.toFixed(2);
