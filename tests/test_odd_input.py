@@ -232,7 +232,7 @@ def test_what_a_model_cannot_detect_in(models):
 
 
 @pytest.mark.parametrize("kind, change, message", [
-    (PredictSettings, {"images": 20.5}, "images is 20.5: write a text"),
+    (PredictSettings, {"images": 20.5}, "images is 20.5: write a text.*`-r images 20.5`"),
     (PredictSettings, {"model": 5}, "model is 5: .*`-r model 5`"),
     (PredictSettings, {"out": 5.5}, "out is 5.5: .*`-r out 5.5`"),
     (AnalysisSettings, {"runs": 5}, r"runs is 5: give a list; from papermill, -y \"runs: \[FOLDER, FOLDER\]\""),
