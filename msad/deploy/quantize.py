@@ -110,7 +110,7 @@ def read_exact(
     file: Any,  # onnx.ModelProto; it is changed
     layers: Sequence[str],  # convolutions that stay in float32
 ) -> None:
-    "Take away the roundings before an activation that is followed by one, and all before convolutions that stay in float32."
+    "Take away roundings before an activation that is followed by one, and before convolutions that stay in float32."
     made = {output: node for node in file.graph.node for output in node.output}
     readers = Counter((name, node.op_type) for node in file.graph.node for name in node.input)
     others = {name for name, kind in readers if kind != "QuantizeLinear"}

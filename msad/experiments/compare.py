@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DISTILLATIONS', 'METRICS', 'SAMPLES', 'distillation_fields', 'CompareSettings', 'check_comparison', 'common_settings',
-           'Length', 'run_folder', 'has_teachers_backbone', 'teacher_model', 'train_settings', 'Comparison',
-           'student_recipe', 'measure_run', 'begun_length', 'find_length', 'minutes_of_done', 'expected_minutes',
-           'plan_comparison', 'missing_runs', 'expected', 'variants_table', 'progress_text', 'describe',
-           'write_results', 'result_row', 'try_run', 'do_runs', 'run_comparison', 'answer', 'compare']
+           'Length', 'run_folder', 'has_teachers_backbone', 'teacher_model', 'distillation_of', 'train_settings',
+           'Comparison', 'student_recipe', 'measure_run', 'begun_length', 'find_length', 'minutes_of_done',
+           'expected_minutes', 'unlabelled_content', 'plan_comparison', 'missing_runs', 'expected', 'variants_table',
+           'progress_text', 'describe', 'write_results', 'result_row', 'try_run', 'do_runs', 'run_comparison', 'answer',
+           'compare']
 
 # %% ../../nbs/95_experiments.compare.ipynb #94a00003
 import time
@@ -29,6 +30,7 @@ from msad.experiments.verdict import (
     ALONE,
     TEACHER,
     UNDISTILLED,
+    UNLABELLED,
     comparison_table,
     detector_title,
     judge,
@@ -36,8 +38,17 @@ from msad.experiments.verdict import (
 )
 from ..models.sizes import size_fields
 from ..runs.auto import RESERVE, Seconds, iterations_in, measure
-from ..runs.folders import FolderInUse, data_folder, display_path, runs_folder
-from ..runs.plan import SHARED, TEACHER_SHARE, Plan, base_recipe, prepare, read_defaults, resolve_recipe
+from ..runs.folders import FolderInUse, content, data_folder, data_name, display_path, runs_folder
+from msad.runs.plan import (
+    SHARED,
+    TEACHER_SHARE,
+    Plan,
+    base_recipe,
+    prepare,
+    read_defaults,
+    read_photographs,
+    resolve_recipe,
+)
 from msad.runs.settings import (
     DISTILLATION,
     WITHOUT,
@@ -70,6 +81,7 @@ class CompareSettings(RecipeSettings, ModelSettings):
     teacher_iterations: int | None = None  # updates of the teacher; none: the recipe's, or its share of the minutes
     teacher_size: str | None = None  # "small", "medium" or "paper", of the teacher alone; none: as the student
     others: tuple[str, ...] = ()  # more distillations for the table
+    unlabelled: str | None = None  # folder of photographs without boxes, for one more student that learns from them too
     seeds: int = 2  # of each detector; the interval needs two, and five make it narrow
     out: str | None = None  # folder of the runs; none: runs/DATA/compare in the repository
     results: str | None = None  # file that collects the results; none: results.json in out
@@ -107,13 +119,15 @@ def check_comparison(settings: CompareSettings) -> None:
     if settings.minutes and settings.teacher_iterations:
         raise ValueError("minutes and teacher_iterations are given: leave one of them out")
     student = settings.distillation or DISTILLATIONS[0]
-    for name in (TEACHER, student, ALONE): train_settings(settings, name, 0)
+    for name in (TEACHER, student, ALONE, *([UNLABELLED] if settings.unlabelled else [])):
+        train_settings(settings, name, 0)
 
 
 def common_settings(settings: CompareSettings) -> dict:
     "Select the settings that all runs have in common and that their metrics depend on."
-    own = ("out", "results", "devices", "workers", "jobs", "budget", "seeds", "distillation", "others")
-    return {name: value for name, value in settings_dict(settings).items() if name not in own}
+    own = ("out", "results", "devices", "workers", "jobs", "budget", "seeds", "distillation", "others", "unlabelled")
+    common = {name: value for name, value in settings_dict(settings).items() if name not in own}
+    return common | {"data": Path(data_name(settings.data)).name}  # its content is recorded too
 
 # %% ../../nbs/95_experiments.compare.ipynb #94a0000b
 @dataclass(frozen=True)
@@ -147,10 +161,15 @@ def teacher_model(settings: CompareSettings) -> dict[str, object]:
     if settings.teacher_size is None: return {}
     return dict.fromkeys(size_fields(settings.teacher_size)) | {"size": settings.teacher_size, "width": None}
 
+
+def distillation_of(settings: CompareSettings, name: str) -> str:
+    "Return the distillation of a student, by the name of its variant."
+    return settings.distillation or DISTILLATIONS[0] if name == UNLABELLED else name
+
 # %% ../../nbs/95_experiments.compare.ipynb #afa9691a
 def train_settings(
     settings: CompareSettings,
-    name: str,  # of the variant: `teacher`, `alone`, `none` or a distillation
+    name: str,  # of the variant: `teacher`, `alone`, `none`, a distillation or `unlabelled`
     seed: int,
     length: Length | None = None,  # none: as the settings say
 ) -> TrainSettings:
@@ -174,24 +193,30 @@ def train_settings(
         return TrainSettings(role="student", teacher=WITHOUT, **given, **recipe)
     weights = None if has_teachers_backbone(settings) else settings.weights
     given |= {"weights": weights, "teacher": str(run_folder(settings, TEACHER, seed))}
-    return TrainSettings(role="student", **given, **recipe | distillation_fields(name))
+    if name == UNLABELLED: given |= {"unlabelled": settings.unlabelled}
+    return TrainSettings(role="student", **given, **recipe | distillation_fields(distillation_of(settings, name)))
 
 # %% ../../nbs/95_experiments.compare.ipynb #94a0000f
 @dataclass(frozen=True)
 class Comparison:
     "A comparison that is about to start; it prints as a plan."
 
-    settings: CompareSettings
-    student: str  # its distillation
+    settings: CompareSettings  # with the student's distillation
     length: Length
     minutes: dict[str, float]  # that a run of each variant is expected to take
     content: dict  # fingerprints of the data
     counts: tuple[int, int]  # photographs to learn from and to evaluate on
 
     @property
+    def student(self) -> str:
+        "Return the variant that may be shipped: a distillation, or `unlabelled`."
+        return UNLABELLED if self.settings.unlabelled else self.settings.distillation
+
+    @property
     def names(self) -> list[str]:
         "List the variants in the order in which they are trained."
-        return list(dict.fromkeys((TEACHER, self.student, UNDISTILLED, ALONE, *self.settings.others)))
+        students = self.student, self.settings.distillation
+        return list(dict.fromkeys((TEACHER, *students, UNDISTILLED, ALONE, *self.settings.others)))
 
     @property
     def rows(self) -> list[dict]:
@@ -215,12 +240,12 @@ class Comparison:
 # %% ../../nbs/95_experiments.compare.ipynb #94a00010
 def student_recipe(
     settings: CompareSettings,
-    name: str | None,  # of the distillation; none: as the settings and the recipe say
+    name: str | None,  # of its variant; none: as the settings and the recipe say
     alone: Plan,  # of a student without a teacher
 ) -> Recipe:
     "Find the recipe of a student before its teacher is there."
     given = {field.name: getattr(settings, field.name) for field in fields(RecipeSettings)}
-    if name: given |= distillation_fields(name)
+    if name: given |= distillation_fields(distillation_of(settings, name))
     places = {"data": settings.data, "devices": settings.devices}
     model = {"backbone": alone.config.backbone, "width": alone.config.width}
     asked = TrainSettings(role="student", **places, **model, **given)
@@ -230,6 +255,7 @@ def student_recipe(
 
 
 def measure_run(
+    settings: CompareSettings,
     teacher: Plan,
     alone: Plan,  # of a student without a teacher
     name: str,  # of the variant
@@ -239,7 +265,9 @@ def measure_run(
     config = teacher.config if name == TEACHER else alone.config
     learned = None if name in (TEACHER, UNDISTILLED, ALONE) else teacher.config
     machine = resolve_device(teacher.settings.devices), teacher.settings.workers
-    try: return measure(config, learned, recipe, teacher.images, teacher.val_images, *machine)
+    unlabelled = read_photographs(train_settings(settings, name, 0), recipe.batch_size)
+    parts = teacher.images, teacher.val_images
+    try: return measure(config, learned, recipe, *parts, *machine, unlabelled=unlabelled)
     except torch.OutOfMemoryError:
         raise ValueError(
             f"batch_size is {recipe.batch_size} and the memory is too short for it: choose a smaller one, or a smaller "
@@ -252,12 +280,14 @@ def begun_length(settings: CompareSettings) -> Length | None:
     return Length(**read_json(settings.file)["length"]) if settings.file.exists() else None
 
 
-def find_length(settings: CompareSettings, student: str, teacher: Plan, alone: Plan) -> Length:
+def find_length(settings: CompareSettings, teacher: Plan, alone: Plan) -> Length:
     "Find how long the runs learn: as many updates as the recipes say, or as fit into the minutes."
+    student = UNLABELLED if settings.unlabelled else settings.distillation
     recipe = student_recipe(settings, student, alone)
     updates, lr = recipe.iterations, teacher.recipe.lr * recipe.batch_size / teacher.recipe.batch_size
     if settings.minutes:
-        minutes, seconds = (1 - TEACHER_SHARE) * settings.minutes, measure_run(teacher, alone, student, recipe)
+        minutes = (1 - TEACHER_SHARE) * settings.minutes
+        seconds = measure_run(settings, teacher, alone, student, recipe)
         updates = iterations_in(minutes, seconds, recipe, len(teacher.val_images))
     return Length(teacher.recipe.iterations, updates, lr)
 
@@ -276,11 +306,18 @@ def expected_minutes(comparison: Comparison, teacher: Plan, alone: Plan) -> dict
         elif name == ALONE: found[name] = found[UNDISTILLED] * length.of(ALONE) / length.student
         else:
             recipe = teacher.recipe if name == TEACHER else student_recipe(settings, name, alone)
-            seconds = measure_run(teacher, alone, name, recipe)
+            seconds = measure_run(settings, teacher, alone, name, recipe)
             found[name] = (length.of(name) * seconds.step + count * seconds.image) / 60
     return found
 
 # %% ../../nbs/95_experiments.compare.ipynb #94a00012
+def unlabelled_content(settings: CompareSettings) -> dict:
+    "Compute the fingerprints of the photographs without boxes, if there are some. Raises FileNotFoundError."
+    if not settings.unlabelled: return {}
+    photographs = read_photographs(train_settings(settings, UNLABELLED, 0), 1)
+    return {"unlabelled_content": content(photographs.images)}
+
+
 def plan_comparison(
     settings: CompareSettings,
 ) -> Comparison:
@@ -291,20 +328,22 @@ def plan_comparison(
     read_rows(settings.file, common_settings(settings))
     begun = begun_length(settings)
     teacher = prepare(train_settings(settings, TEACHER, 0, begun))
-    check_data(settings.file, teacher.content)
+    found = teacher.content | unlabelled_content(settings)
+    check_data(settings.file, found)
     if not len(teacher.val_images.boxes):
         raise ValueError(f"val_split: {teacher.val_images.split.name} has no box, so nothing tells detectors apart")
     alone = prepare(train_settings(settings, ALONE, 0, begun))
     student = student_recipe(settings, settings.distillation, alone).distillation
+    settings = replace(settings, distillation=student)
     if student == UNDISTILLED:
         raise ValueError("distillation is none in the recipe: the student would be the undistilled one; choose another")
     for name in DISTILLATION[1:]:
         if getattr(settings, name) is None: continue
         if all(name in without_use(distillation) for distillation in (student, *settings.others)):
             raise ValueError(f"{name} is {getattr(settings, name)} and no student has it: leave it out")
-    length = begun or find_length(settings, student, teacher, alone)
+    length = begun or find_length(settings, teacher, alone)
     counts = len(teacher.images), len(teacher.val_images)
-    comparison = Comparison(settings, student, length, {}, teacher.content, counts)
+    comparison = Comparison(settings, length, {}, found, counts)
     return replace(comparison, minutes=expected_minutes(comparison, teacher, alone))
 
 # %% ../../nbs/95_experiments.compare.ipynb #94a00014
@@ -328,6 +367,7 @@ def variants_table(comparison: Comparison) -> Table:
     for name in comparison.names:
         start = "its own weights" if name in (TEACHER, ALONE) else "the teacher"
         labels = "labels" if name in (TEACHER, UNDISTILLED, ALONE) else "labels, teacher"
+        if name == UNLABELLED: labels += ", unlabelled"
         title, updates = detector_title(name, comparison.student), f"{comparison.length.of(name):,}"
         finished = sum(row["variant"] == name for row in done)
         table.append([title, start, labels, updates, f"{expected(comparison, name):.1f}", f"{finished} of {seeds}"])
