@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,17 @@ import pytest
 from conftest import ROOT, write_coco
 
 from msad.cli import main
-from msad.experiments.compare import CompareSettings, plan_comparison, run_folder
-from msad.experiments.verdict import ALONE, TEACHER, UNDISTILLED, judge, mean_gain, more_needed, recovered_lead
+from msad.experiments.compare import CompareSettings, plan_comparison, run_folder, train_settings
+from msad.experiments.verdict import (
+    ALONE,
+    TEACHER,
+    UNDISTILLED,
+    UNLABELLED,
+    judge,
+    mean_gain,
+    more_needed,
+    recovered_lead,
+)
 
 PHOTOGRAPHS = 60
 
@@ -131,6 +141,7 @@ TINY = {
 @pytest.mark.parametrize(("options", "text"), [
     (["--data", "/nowhere"], "/nowhere"), (["--val-split", "missing"], "missing"), (["--alpha", "0"], "alpha is 0"),
     (["--weights", "/nowhere.pth"], "nowhere.pth"),
+    (["--unlabelled", "/nowhere"], "unlabelled: there is no folder /nowhere"),
 ])
 def test_wrong_input_is_one_sentence_before_any_work(coco, tmp_path, capsys, options, text):
     command = ["compare", "--data", str(coco), "--out", str(tmp_path / "out"), *as_options(TINY), *options]
@@ -152,6 +163,23 @@ def test_photographs_that_changed_since_are_refused(coco, tmp_path):
     file.write_text(json.dumps({**dataset, "annotations": []}))
     settings.file.unlink()
     with pytest.raises(ValueError, match="val2017 has no box"): plan_comparison(settings)
+
+
+def test_photographs_without_boxes_make_one_student_more(coco, tmp_path):
+    folder = tmp_path / "more"
+    shutil.copytree(coco / "train2017", folder)
+    settings = CompareSettings(data=str(coco), out=str(tmp_path / "out"), unlabelled=str(folder), **TINY)
+    comparison = plan_comparison(settings)
+    assert comparison.student == UNLABELLED and comparison.names[:3] == [TEACHER, UNLABELLED, "balanced"]
+    taught = [train_settings(comparison.settings, name, 0).unlabelled for name in comparison.names]
+    assert [bool(given) for given in taught] == [name == UNLABELLED for name in comparison.names]
+    head = {"settings": comparison.common, "content": comparison.content, "length": vars(comparison.length)}
+    settings.file.parent.mkdir()
+    settings.file.write_text(json.dumps({**head, "runs": []}))
+    next(folder.iterdir()).unlink()
+    with pytest.raises(ValueError, match="image names .* of unlabelled changed since"): plan_comparison(settings)
+    without = CompareSettings(data=str(coco), out=str(tmp_path / "out"), **TINY)
+    assert plan_comparison(without).student == "balanced"
 
 
 def as_options(values):
