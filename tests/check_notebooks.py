@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RUN_NOTEBOOKS = (
     "train_teacher", "train_student", "evaluate", "predict", "export", "own_data", "analysis", "ablation", "compare",
-    "grid", "sizes", "peers", "benchmark",
+    "choose", "distillations", "few_labels", "grid", "sizes", "peers", "benchmark",
 )
 
 
@@ -57,7 +57,10 @@ def main() -> int:
     "Print every fault; the exit status is 1 if there is one."
     faults = [f"{name}: nbdev_export changes it" for name in changed_by("nbdev_export", "msad", "*.py")]
     faults += [f"{name}: nbdev_clean changes it" for name in changed_by("nbdev_clean", "nbs", "*.ipynb")]
-    for path in sorted((ROOT / "nbs").glob("*.ipynb")): faults += notebook_faults(path)
+    index = (ROOT / "nbs/index.ipynb").read_text()
+    for path in sorted((ROOT / "nbs").glob("*.ipynb")):
+        faults += notebook_faults(path)
+        if path.stem != "index" and f"({path.name})" not in index: faults.append(f"{path.name}: index.ipynb lacks it")
     print("\n".join(faults) or "Notebooks and package agree; notebooks are clean.")
     return bool(faults)
 
