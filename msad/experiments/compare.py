@@ -127,7 +127,8 @@ def common_settings(settings: CompareSettings) -> dict:
     "Select the settings that all runs have in common and that their metrics depend on."
     own = ("out", "results", "devices", "workers", "jobs", "budget", "seeds", "distillation", "others", "unlabelled")
     common = {name: value for name, value in settings_dict(settings).items() if name not in own}
-    return common | {"data": Path(data_name(settings.data)).name}  # its content is recorded too
+    name = "trees" if data_name(settings.data) == "trees" else Path(settings.data).expanduser().absolute().name
+    return common | {"data": name}  # wherever it lies: its content is recorded too
 
 # %% ../../nbs/95_experiments.compare.ipynb #94a0000b
 @dataclass(frozen=True)
