@@ -37,6 +37,8 @@ from msad.experiments.verdict import (
     recovered_text,
 )
 from ..models.sizes import size_fields
+
+# %% ../../nbs/95_experiments.compare.ipynb #5e7f98cf
 from ..runs.auto import RESERVE, Seconds, iterations_in, measure
 from ..runs.folders import FolderInUse, content, data_folder, data_name, display_path, runs_folder
 from msad.runs.plan import (
@@ -318,7 +320,7 @@ def unlabelled_content(settings: CompareSettings) -> dict:
     photographs = read_photographs(train_settings(settings, UNLABELLED, 0), 1)
     return {"unlabelled_content": content(photographs.images)}
 
-
+# %% ../../nbs/95_experiments.compare.ipynb #8643cc74
 def plan_comparison(
     settings: CompareSettings,
 ) -> Comparison:
