@@ -75,7 +75,7 @@ test: install lint  ## everything: package and notebooks agree, notebooks are cl
 slow: install  ## the slow tests alone: real runs, several processes, notebooks through papermill
 	$(PYTEST) -m slow $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
-gpu-check: install  ## right, fast and fed on a GPU: a table, and results/gpu.json (8 minutes at most)
+gpu-check: install  ## check results, speed and loading on a GPU: a table, and results/gpu.json (8 minutes at most)
 	$(BIN)/python tests/on_gpu.py
 
 lint: install  ## style of package, tests and notebooks; names and calls of the package

@@ -192,7 +192,8 @@ def verdict_text(verdict: Verdict) -> str:
         return f"Ship {rival}: it has {number(-gain.mean)} AP more than the student ({interval})."
     interval, apart = interval_text(gain, gain.low, gain.high), f"{number(abs(gain.mean))} AP"
     if verdict.ship: return f"Ship the student: it has {apart} more than {rival} ({interval})."
-    side = "less" if gain.mean < 0 else "more"
+    side = "more"
+    if gain.mean < 0: side, interval = "less", interval_text(gain, -gain.high, -gain.low)
     return f"Too close to call: the student has {apart} {side} than {rival} ({interval}); {more_text(gain)}."
 
 # %% ../../nbs/94_experiments.verdict.ipynb #93a00015
