@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DISTILLATIONS', 'METRICS', 'SAMPLES', 'distillation_fields', 'CompareSettings', 'check_comparison', 'common_settings',
-           'Length', 'run_folder', 'has_teachers_backbone', 'teacher_model', 'distillation_of', 'train_settings',
-           'Comparison', 'student_recipe', 'measure_run', 'begun_length', 'find_length', 'minutes_of_done',
-           'expected_minutes', 'unlabelled_content', 'plan_comparison', 'missing_runs', 'expected', 'variants_table',
-           'progress_text', 'describe', 'write_results', 'result_row', 'try_run', 'do_runs', 'run_comparison', 'answer',
-           'compare']
+           'Length', 'run_folder', 'teacher_seed', 'has_teachers_backbone', 'teacher_model', 'distillation_of',
+           'train_settings', 'Comparison', 'student_recipe', 'measure_run', 'begun_length', 'find_length',
+           'minutes_of_done', 'expected_minutes', 'unlabelled_content', 'plan_comparison', 'missing_runs', 'expected',
+           'variants_table', 'progress_text', 'describe', 'write_results', 'result_row', 'try_run', 'do_runs',
+           'run_comparison', 'answer', 'compare']
 
 # %% ../../nbs/95_experiments.compare.ipynb #94a00003
 import time
@@ -35,6 +35,7 @@ from msad.experiments.verdict import (
     detector_title,
     judge,
     recovered_text,
+    with_teachers,
 )
 from ..models.sizes import size_fields
 
@@ -86,6 +87,7 @@ class CompareSettings(RecipeSettings, ModelSettings):
     others: tuple[str, ...] = ()  # more distillations for the table
     unlabelled: str | None = None  # folder of photographs without boxes, for one more student that learns from them too
     seeds: int = 2  # of each detector; the interval needs two, and five make it narrow
+    teachers: int | None = None  # that are trained; the students of further seeds share them; none: one for each seed
     out: str | None = None  # folder of the runs; none: runs/DATA/compare in the repository
     results: str | None = None  # file that collects the results; none: results.json in out
     devices: str = "auto"  # "auto" (all GPUs, else the processor) or "cpu"
@@ -152,6 +154,11 @@ def run_folder(settings: CompareSettings, name: str, seed: int) -> Path:
     "Name the folder of a run."
     return settings.folder / f"{name}-{seed}"
 
+
+def teacher_seed(settings: CompareSettings, seed: int) -> int:
+    "Return the seed of the teacher that the students of a seed learn from."
+    return seed % settings.teachers if settings.teachers else seed
+
 # %% ../../nbs/95_experiments.compare.ipynb #94a0001d
 def has_teachers_backbone(settings: CompareSettings) -> bool:
     "Tell whether a student has the backbone of its teacher, and so starts from it."
@@ -196,7 +203,7 @@ def train_settings(
         recipe |= {"lr": settings.lr or (length and length.lr), **distillation_fields(UNDISTILLED)}
         return TrainSettings(role="student", teacher=WITHOUT, **given, **recipe)
     weights = None if has_teachers_backbone(settings) else settings.weights
-    given |= {"weights": weights, "teacher": str(run_folder(settings, TEACHER, seed))}
+    given |= {"weights": weights, "teacher": str(run_folder(settings, TEACHER, teacher_seed(settings, seed)))}
     if name == UNLABELLED: given |= {"unlabelled": settings.unlabelled}
     return TrainSettings(role="student", **given, **recipe | distillation_fields(distillation_of(settings, name)))
 
@@ -232,7 +239,8 @@ class Comparison:
     @property
     def runs(self) -> list[tuple[str, int]]:  # variant and seed
         "List all runs in the order in which they are done."
-        return [(name, seed) for seed in range(self.settings.seeds) for name in self.names]
+        every = [(name, seed) for seed in range(self.settings.seeds) for name in self.names]
+        return [run for run in every if run[0] != TEACHER or run[1] == teacher_seed(self.settings, run[1])]
 
     @property
     def common(self) -> dict:
@@ -355,7 +363,8 @@ def missing_runs(comparison: Comparison) -> list[tuple[str, int]]:
     "List the runs that are still to be done: variant and seed."
     done = {(row["variant"], row["seed"]) for row in comparison.rows}
     todo = {run for run in comparison.runs if run not in done}
-    parents = {(TEACHER, seed) for name, seed in todo if name not in (TEACHER, ALONE)}
+    needed = {seed for name, seed in todo if name not in (TEACHER, ALONE)}
+    parents = {(TEACHER, teacher_seed(comparison.settings, seed)) for seed in needed}
     lost = {run for run in parents if not (run_folder(comparison.settings, *run) / "model_final.pth").is_file()}
     return [run for run in comparison.runs if run in todo | lost]
 
@@ -367,14 +376,14 @@ def expected(comparison: Comparison, name: str) -> float:
 
 def variants_table(comparison: Comparison) -> Table:
     "Tabulate what is compared: where each starts, what it learns from, its updates and minutes, and how many are done."
-    table, done, seeds = [], comparison.rows, comparison.settings.seeds
+    table, done = [], comparison.rows
     for name in comparison.names:
         start = "its own weights" if name in (TEACHER, ALONE) else "the teacher"
         labels = "labels" if name in (TEACHER, UNDISTILLED, ALONE) else "labels, teacher"
         if name == UNLABELLED: labels += ", unlabelled"
         title, updates = detector_title(name, comparison.student), f"{comparison.length.of(name):,}"
-        finished = sum(row["variant"] == name for row in done)
-        table.append([title, start, labels, updates, f"{expected(comparison, name):.1f}", f"{finished} of {seeds}"])
+        finished, count = sum(row["variant"] == name for row in done), sum(run[0] == name for run in comparison.runs)
+        table.append([title, start, labels, updates, f"{expected(comparison, name):.1f}", f"{finished} of {count}"])
     return Table(["detector", "starts from", "learns from", "updates", "minutes each", "done"], table, texts=3)
 
 # %% ../../nbs/95_experiments.compare.ipynb #94a0001e
@@ -437,30 +446,30 @@ def try_run(comparison: Comparison, name: str, seed: int) -> bool:
     except (Timeout, FolderInUse):
         return False
 
-
+# %% ../../nbs/95_experiments.compare.ipynb #11188091
 def do_runs(comparison: Comparison, ends: float | None) -> None:
     "Do what is missing, run by run, as long as there is time for it."
     while todo := missing_runs(comparison):
         free = [(name, seed) for name, seed in todo
-                if name in (TEACHER, ALONE) or (TEACHER, seed) not in todo]
+                if name in (TEACHER, ALONE) or (TEACHER, teacher_seed(comparison.settings, seed)) not in todo]
         free = [run for run in free if time_left(ends, expected(comparison, run[0]) + RESERVE / 60)]
         if not free: return
         if not any(try_run(comparison, *run) for run in free): time.sleep(2)
 
 
-def run_comparison(comparison: Comparison) -> list[dict]:  # the rows
+def run_comparison(comparison: Comparison) -> list[dict]:  # the rows, of `with_teachers`
     "Train and evaluate all that is missing, in as many processes as are asked for."
     settings, ends = comparison.settings, end_of(comparison.settings.budget)
     write_results(comparison)
     comparison = replace(comparison, length=begun_length(settings))  # of another process, if that was first
     if settings.jobs > 1: side_by_side(do_runs, settings.jobs, comparison, ends)
     else: do_runs(comparison, ends)
-    return comparison.rows
+    return with_teachers(comparison.rows, settings.teachers)
 
 # %% ../../nbs/95_experiments.compare.ipynb #94a0001a
 def answer(comparison: Comparison) -> str:
     "Write which detector to ship, and how much of the teacher's lead the student recovers."
-    rows, photographs = comparison.rows, comparison.counts[1]
+    rows, photographs = with_teachers(comparison.rows, comparison.settings.teachers), comparison.counts[1]
     verdict = judge(rows, comparison.student, photographs)
     left = len(missing_runs(comparison))
     unfinished = f" {left} of {len(comparison.runs)} runs are still to be done." if left else ""

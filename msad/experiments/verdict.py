@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_SEEDS', 'MOST_TIMES', 'TEACHER', 'UNDISTILLED', 'ALONE', 'UNLABELLED', 'TITLES', 'LEAST_LEAD', 'Gain',
-           'mean_gain', 'More', 'seeds_for', 'photographs_for', 'more_needed', 'paired', 'gain_over', 'Verdict',
-           'judge', 'number', 'count_text', 'interval_text', 'rounded', 'more_text', 'verdict_text', 'recovered_lead',
-           'recovered_text', 'detector_title', 'comparison_table', 'plot_comparison']
+           'mean_gain', 'More', 'seeds_for', 'photographs_for', 'more_needed', 'with_teachers', 'paired', 'gain_over',
+           'Verdict', 'judge', 'number', 'count_text', 'interval_text', 'rounded', 'more_text', 'verdict_text',
+           'recovered_lead', 'recovered_text', 'detector_title', 'comparison_table', 'plot_comparison']
 
 # %% ../../nbs/94_experiments.verdict.ipynb #93a00003
 import math
@@ -106,6 +106,17 @@ def more_needed(gain: Gain) -> More:
 # %% ../../nbs/94_experiments.verdict.ipynb #93a0000f
 TEACHER, UNDISTILLED, ALONE, UNLABELLED = "teacher", "none", "alone", "unlabelled"
 TITLES = {UNDISTILLED: "the undistilled one", ALONE: "the one trained alone"}
+
+
+def with_teachers(
+    rows: Sequence[dict],  # of runs: `variant`, `seed` and metrics
+    teachers: int | None,  # that the students of all seeds share; none: each seed has its own
+) -> list[dict]:
+    "Repeat the rows of shared teachers for the seeds of their students, so that differences are taken seed by seed."
+    if not teachers: return list(rows)
+    own = {row["seed"]: row for row in rows if row["variant"] == TEACHER}
+    others = sorted({row["seed"] for row in rows} - set(own))
+    return [*rows, *({**own[seed % teachers], "seed": seed} for seed in others if seed % teachers in own)]
 
 
 def paired(
