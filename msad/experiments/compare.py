@@ -232,9 +232,8 @@ class Comparison:
     @property
     def rows(self) -> list[dict]:
         "Read the rows of this comparison's variants and seeds: `variant`, `seed`, metrics, `minutes`, `samples`."
-        order = {run: number for number, run in enumerate(self.runs)}
         found = {(row["variant"], row["seed"]): row for row in read_rows(self.settings.file, self.common)}
-        return [found[run] for run in sorted(order.keys() & found, key=order.get)]
+        return [found[run] for run in self.runs if run in found]
 
     @property
     def runs(self) -> list[tuple[str, int]]:  # variant and seed
