@@ -44,7 +44,7 @@ Scene = tuple[Image.Image, np.ndarray, list[int]]  # picture, boxes (N×4, xyxy,
 
 def draw_scene(
     rng: np.random.Generator,
-    radii: tuple[int, int] = RADII,
+    radii: tuple[int, int] = RADII,  # smallest and largest, pixels
 ) -> Scene:
     "Draw a picture with shapes that hardly touch."
     ground = rng.integers(60, 196, (1, 1, 3)) + rng.normal(0, 22, (SIDE // 8, SIDE // 8, 3))
@@ -102,7 +102,7 @@ def write_synthetic(
     split: str,
     count: int,  # pictures
     seed: int,
-    radii: tuple[int, int] = RADII,
+    radii: tuple[int, int] = RADII,  # of the shapes: smallest and largest, pixels
 ) -> None:
     "Write a split of `count` synthetic pictures; a split that has its annotations already is left alone."
     if (Path(root) / "annotations" / f"instances_{split}.json").exists(): return
