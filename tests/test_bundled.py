@@ -15,9 +15,10 @@ from msad.runs.evaluate import EvaluateSettings, evaluate
 PHOTOGRAPH = ROOT / "data" / "trees" / "val2017" / "000000001001.jpg"
 
 
-def test_record_is_reproduced(tmp_path):
+@pytest.mark.parametrize("devices", ["cpu", pytest.param(2, marks=pytest.mark.slow)])
+def test_record_is_reproduced(tmp_path, devices):
     record = json.loads((ROOT / "models" / "trees.json").read_text())
-    folder = evaluate(EvaluateSettings(model="trees", out=str(tmp_path / "run"), devices="cpu", workers=0))
+    folder = evaluate(EvaluateSettings(model="trees", out=str(tmp_path / "run"), devices=devices, workers=0))
     metrics = json.loads((folder / "metrics.json").read_text())
     # Processors round differently, which moves AP by hundredths.
     assert metrics["AP"] == pytest.approx(record["AP"], abs=0.1) and record["AP50"] >= 50

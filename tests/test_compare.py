@@ -17,16 +17,19 @@ import pytest
 from conftest import ROOT, write_coco
 
 from msad.cli import main
-from msad.experiments.compare import CompareSettings, plan_comparison, run_folder, train_settings
+from msad.experiments.compare import CompareSettings, plan_comparison, run_folder, train_settings, write_results
 from msad.experiments.verdict import (
     ALONE,
     TEACHER,
     UNDISTILLED,
     UNLABELLED,
+    comparison_table,
     judge,
     mean_gain,
     more_needed,
     recovered_lead,
+    recovered_text,
+    with_teachers,
 )
 
 PHOTOGRAPHS = 60
@@ -123,6 +126,21 @@ def test_recovered_lead():
     assert recovered_lead(invented_rows(teacher=31.5, published=33, none=31), "published", PHOTOGRAPHS) is None
 
 
+def test_share_and_lead_are_of_the_same_seeds():
+    rows = invented_rows(seeds=3, of_seeds=0.0, teacher=35, published=33, none=31)
+    rows = [row for row in rows if row["variant"] != "published" or row["seed"] == 0]
+    one = [row for row in rows if row["seed"] == 0]
+    rows[-1]["AP"] -= 10  # the lead of another seed
+    assert recovered_text(rows, "published", PHOTOGRAPHS) == recovered_text(one, "published", PHOTOGRAPHS)
+
+
+def test_a_shared_teacher_is_one_run():
+    rows = [row | {"AP50": 70.0, "minutes": 1.0} for row in invented_rows(seeds=3, teacher=35, published=33, none=31)]
+    shared = with_teachers([row for row in rows if row["variant"] != TEACHER or row["seed"] == 0], 1)
+    (line,) = (line for line in comparison_table(shared, "published", PHOTOGRAPHS).splitlines() if "teacher" in line)
+    assert line.split("|")[2].strip() == "1" and "±" not in line.split("|")[3]
+
+
 def test_parameters_of_the_notebook_are_fields():
     cells = json.loads((ROOT / "nbs/compare.ipynb").read_text())["cells"]
     (lines,) = (cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", []))
@@ -179,7 +197,10 @@ def test_photographs_without_boxes_make_one_student_more(coco, tmp_path):
     next(folder.iterdir()).unlink()
     with pytest.raises(ValueError, match="image names .* of unlabelled changed since"): plan_comparison(settings)
     without = CompareSettings(data=str(coco), out=str(tmp_path / "out"), **TINY)
-    assert plan_comparison(without).student == "balanced"
+    plain = plan_comparison(without)
+    assert plain.student == "balanced"
+    write_results(plain, {"variant": "none", "seed": 0})
+    with pytest.raises(ValueError, match="image names .* of unlabelled changed since"): plan_comparison(settings)
 
 
 def as_options(values):

@@ -17,7 +17,7 @@ from test_notebooks import papermill, texts
 from msad.data.images import CocoImages
 from msad.data.layouts import read_split
 from msad.deploy.export import FORMATS, PRECISIONS, ExportSettings, calibration_photographs, export, with_places
-from msad.deploy.onnx import export_onnx
+from msad.deploy.onnx import compare_file, export_onnx, nearest_differences
 from msad.deploy.predict import PredictSettings, predict
 from msad.deploy.predictor import Prediction, Predictor
 from msad.deploy.quantize import CalibrationViews
@@ -232,6 +232,27 @@ def test_a_run_knows_its_data(tmp_path):
     found = with_places(settings, tmp_path / "model_final.pth")
     assert {name: getattr(found, name) for name in run} == run
     assert with_places(replace(settings, data="trees"), tmp_path / "model_final.pth").train_split is None
+    run |= {"val_annotations": str(ROOT / "tests/layouts/Annotations"), "train_annotations": None}
+    (tmp_path / "settings.json").write_text(json.dumps(run))
+    other = with_places(replace(settings, val_split="train"), tmp_path / "model_final.pth")
+    assert (other.val_split, other.val_annotations, other.train_split) == ("train", None, "train")
+
+
+def test_a_detection_that_only_the_file_has_counts():
+    one = {"boxes": torch.tensor([[0.0, 0, 9, 9]]), "scores": torch.tensor([0.5]), "labels": torch.tensor([0])}
+    two = {name: torch.cat([value, value]) for name, value in one.items()}
+    two["boxes"][1] += 50
+    assert nearest_differences(one, two).max() == 0 and nearest_differences(two, one).max() == 50
+
+
+@pytest.mark.slow
+def test_a_file_with_boxes_too_many_is_told(exported):
+    file, model = exported / "new" / "student.onnx", load_model(exported)
+    images = [torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 64, 96), np.uint8))]
+    assert compare_file(file, model, images).boxes < 0.01
+    model.head.thresholds = replace(model.head.thresholds, detections_per_img=1)
+    assert compare_file(file, model, images).boxes > 1
+    assert compare_file(file, model, images, part=0.97).boxes < 0.01  # asks the other way alone
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,23 @@ def test_voc_list_of_a_file_that_is_not_there(voc):
         read_split(SplitPath(voc, "train"))
 
 
+def test_voc_names_with_spaces(voc):
+    train, val = (read_split(SplitPath(voc, name)) for name in ("train", "val"))
+    for file in (*(voc / "Annotations").iterdir(), *(voc / "JPEGImages").iterdir()):
+        file.rename(file.with_name(file.name.replace("Image_", " Image ")))
+    for name, stems in SPLITS.items():
+        (voc / f"ImageSets/Main/{name}.txt").write_text("\n".join(s.replace("Image_", " Image ") for s in stems))
+    assert [path.split for path in find_splits(voc)] == ["train", "val"]
+    for split in (train, val):
+        assert list(boxes_read(read_split(SplitPath(voc, split.name))).values()) == list(boxes_read(split).values())
+
+
+def test_voc_photographs_beside_their_annotations(voc):
+    for file in (voc / "JPEGImages").iterdir(): file.rename(voc / "Annotations" / file.name)
+    (voc / "JPEGImages").rmdir()
+    assert check_data(voc, "train").images == len(SPLITS["train"])
+
+
 # --- YOLO
 
 

@@ -259,6 +259,7 @@ def test_parameters_before_any_file_is_read(kind, change, message):
 @pytest.mark.parametrize("content, message", [
     ({"recipe": 5}, "recipe is 5"), ({"lr": "fast"}, "lr is 'fast'"), ({"milestones": 5}, "milestones is 5"),
     ({"neck_channels": "64"}, "neck_channels is '64'"), ({"short_side": [3]}, "short_side is .3."),
+    ({"epochs": 3}, "'epochs' is no parameter"), ({"minutes": 5}, "'minutes' is no parameter"),
 ])
 def test_wrong_defaults_of_a_data_folder(tmp_path, content, message):
     (tmp_path / "msad.json").write_text(json.dumps(content))

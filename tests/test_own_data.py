@@ -292,6 +292,22 @@ def test_without_patience_left_the_best_model_counts(coco, tmp_path):
     assert prepare(settings).state == "finished"
 
 
+def test_patience_needs_something_to_find(coco, tmp_path):
+    file = coco / "annotations/instances_val2017.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    with pytest.raises(ValueError, match="patience is 2 and val2017 has no box to find: leave it out"):
+        plan_of(coco, tmp_path / "run", patience=2)
+
+
+# --- reduced decoding
+
+
+def test_samples_are_decoded_as_large_as_they_get():
+    large = TrainTransform(64, 96, variety=Variety(scale_jitter=0.25))
+    assert (TrainTransform(64, 96).needed, large.needed) == ((64, 96), (80, 120))
+    assert TrainTransform(64, 96, variety=Variety(iou_crop=0.5)).needed is None
+
+
 # --- the average of the weights
 
 
@@ -320,9 +336,12 @@ def test_one_command_from_data_to_a_file_that_ships(tmp_path, monkeypatch, capsy
 
     data, repository = tmp_path / "repository/cells", tmp_path / "repository"
     shutil.copytree(CELLS, data)
+    lists = data / "ImageSets/Main"
+    for name, own in (("train", "first"), ("val", "second")): (lists / f"{name}.txt").rename(lists / f"{own}.txt")
     (repository / "data/trees/annotations").mkdir(parents=True)
     monkeypatch.chdir(repository)
     command = ["train", "--role", "student", "--data", str(data), "--minutes", "0.5", "--devices", "cpu", "--export"]
+    command += ["--train-split", "first"]
     main(command)
     told = capsys.readouterr().out
     teacher, student = (default_folder(str(data), role, 0.25) for role in ("teacher", "student"))

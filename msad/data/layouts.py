@@ -7,9 +7,9 @@ __all__ = ['TURNS', 'TRAIN', 'VAL', 'LAYOUTS', 'REST', 'HELD_OUT', 'Split', 'pla
            'read_orientation', 'image_size', 'folders_in', 'roboflow_files', 'instances_files', 'cvat_files',
            'json_files', 'holds_coco', 'split_word', 'image_folder', 'read_coco', 'read_yaml', 'yolo_files',
            'yolo_places', 'yolo_classes', 'read_lines', 'yolo_images', 'label_file', 'read_label_file', 'read_yolo',
-           'coco_dataset', 'voc_files', 'VocFile', 'read_voc_file', 'first_pixel', 'coco_box', 'read_voc', 'Layout',
-           'find_layout', 'groups_of_copies', 'part_of', 'without_classes', 'hold_out', 'SplitPath', 'read_split',
-           'read_splits', 'pick', 'only', 'find_splits', 'shares_of', 'read_unlabelled']
+           'coco_dataset', 'voc_files', 'listed_stems', 'VocFile', 'read_voc_file', 'first_pixel', 'coco_box',
+           'read_voc', 'Layout', 'find_layout', 'groups_of_copies', 'part_of', 'without_classes', 'hold_out',
+           'SplitPath', 'read_split', 'read_splits', 'pick', 'only', 'find_splits', 'shares_of', 'read_unlabelled']
 
 # %% ../../nbs/22_data.layouts.ipynb #c9ce49b0
 import os
@@ -283,10 +283,12 @@ def yolo_images(places: Iterable[Path]) -> list[Path]:
 
 
 def label_file(image: Path) -> Path:
-    "Name the label file of an image: in the folder `labels` parallel to the last `images`, else beside the image."
-    parts = list(image.parts)
-    if "images" in parts: parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    return Path(*parts).with_suffix(".txt")
+    "Name the label file of an image: in the folder `labels` parallel to the last `images`, or beside the image."
+    parts, beside = list(image.parts), image.with_suffix(".txt")
+    if "images" not in parts: return beside
+    parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    parallel = Path(*parts).with_suffix(".txt")
+    return beside if beside.is_file() and not parallel.is_file() else parallel
 
 # %% ../../nbs/22_data.layouts.ipynb #8eaece8d
 # Writers round, so a number may be a thousandth too large.
@@ -359,10 +361,17 @@ def coco_dataset(
 def voc_files(root: Path) -> dict[str, Path]:
     "Find the lists of images of a Pascal VOC data set by split; without lists all images are one split."
     if next((root / "Annotations").glob("*.xml"), None) is None: return {}
+    stems = {path.stem for path in (root / "Annotations").glob("*.xml")}
     lists = {}
     for file in sorted((root / "ImageSets" / "Main").glob("*.txt")):
-        if len("".join(read_lines(file)[:1]).split()) == 1: lists[file.stem] = file
+        first = next(iter(listed_stems(file)), "")
+        if first in stems or len(first.split()) == 1: lists[file.stem] = file
     return lists or {"all": root / "Annotations"}
+
+
+def listed_stems(file: Path) -> list[str]:
+    "Read a list of images, one in a line; their names may have spaces."
+    return [line.strip() for line in read_lines(file) if line.strip()]
 
 
 @dataclass(frozen=True)
@@ -429,12 +438,13 @@ def read_voc(
         raise FileNotFoundError(f"{annotations} has no XML files: {cure}.")
     first, note = first_pixel(files)
     numbers = {found.path.stem: number for number, found in enumerate(files, 1)}
-    wanted = dict.fromkeys(numbers if file.is_dir() else " ".join(read_lines(file)).split())
+    wanted = dict.fromkeys(numbers if file.is_dir() else listed_stems(file))
     if lost := next((stem for stem in wanted if stem not in numbers), None):
         raise FileNotFoundError(f"{file} names {lost}, and {annotations / lost}.xml does not exist: put it there.")
     names = sorted({name for found in files for name, *_ in found.objects})
     if not names: raise ValueError(f"{annotations} has no object in any file: annotate some.")
-    labels, there = {name: i for i, name in enumerate(names, 1)}, {Path(path).stem: path for path in os.listdir(folder)}
+    labels, endings = {name: i for i, name in enumerate(names, 1)}, Image.registered_extensions()
+    there = {Path(path).stem: path for path in os.listdir(folder) if Path(path).suffix.lower() in endings}
     entries, boxes = [], []
     for stem in wanted:
         found, number = files[numbers[stem] - 1], numbers[stem]

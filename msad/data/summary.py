@@ -139,17 +139,14 @@ def check_decoding(
         _compare_sizes(images, found)
 
 # %% ../../nbs/26_data.summary.ipynb #045624c5
-def check_headers(
-    images: CocoImages,
-    workers: int = 8,  # threads that read
-) -> None:
+def check_headers(images: CocoImages) -> None:
     "Read the header of every image. Raises a ValueError as `check_decoding` does; damage behind it is not seen."
 
     def size_of(path: str) -> tuple[int, int] | str:
         try: return image_size(path)
         except ValueError as error: return str(error.__cause__)
 
-    with ThreadPoolExecutor(workers) as pool: _compare_sizes(images, pool.map(size_of, images.paths))
+    with ThreadPoolExecutor() as pool: _compare_sizes(images, pool.map(size_of, images.paths))
 
 
 def _compare_sizes(images: CocoImages, sizes: Iterable[tuple[int, int] | str]) -> None:
@@ -176,12 +173,15 @@ def shared_files(
     lengths = [{path: os.path.getsize(path) for path in part.paths} for part in (images, others)]
     common = set(lengths[0].values()) & set(lengths[1].values())
 
-    def marks(part):
-        return {(length, _last_bytes(path)): path for path, length in part.items() if length in common}
-
-    ours, theirs = marks(lengths[0]), marks(lengths[1])
-    pairs = [(ours[mark], path) for mark, path in theirs.items() if mark in ours]
-    return [(path, other) for path, other in pairs if path == other or fingerprint(path) == fingerprint(other)]
+    pairs, alike = [], {}  # files of the same length and end
+    for path, length in lengths[0].items():
+        if length in common: alike.setdefault((length, _last_bytes(path)), []).append(path)
+    for other, length in lengths[1].items():
+        for path in alike.get((length, _last_bytes(other)), ()) if length in common else ():
+            if path != other and fingerprint(path) != fingerprint(other): continue
+            pairs.append((path, other))
+            break
+    return pairs
 
 
 def _last_bytes(path: str) -> bytes:

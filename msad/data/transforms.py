@@ -126,6 +126,13 @@ class TrainTransform:
         self.short_sides = [int(short_side * (20 + i) / 25 + 0.5) for i in range(6)]
         self.max_side, self.flips, self.seed, self.variety = max_side, flips, seed, variety or Variety()
 
+    @property
+    def needed(self) -> tuple[int, int] | None:
+        "Return the short side and the limit of the long side that samples are made from; none: all pixels, for crops."
+        if self.variety.iou_crop: return None
+        scale = 1 + self.variety.scale_jitter
+        return math.ceil(scale * self.short_sides[-1]), math.ceil(scale * self.max_side)
+
     def rng(self, epoch: int, image_id: int, *purpose: int) -> np.random.Generator:
         "Make the generator that decides about an image in an epoch."
         return np.random.default_rng((self.seed, epoch, image_id % 2**64, *purpose))

@@ -118,7 +118,8 @@ def with_places(
     if settings.data is not None: return settings
     run = read_settings(source.parent, "model") if (source.parent / "settings.json").is_file() else {}
     if run.get("train_split") and data_folder(run["data"]).is_dir():
-        return replace(settings, **{name: run.get(name) for name in PLACES if getattr(settings, name) is None})
+        given = {name.split("_")[0] for name in PLACES if getattr(settings, name) is not None}  # a part comes whole
+        return replace(settings, **{name: run.get(name) for name in PLACES if name.split("_")[0] not in given})
     root = repository()
     if settings.precision == "int8" and not (root and source.parent == root / "models"):
         raise ValueError("data is missing: int8 is calibrated on photographs that the model learned from; give them")

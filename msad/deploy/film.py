@@ -330,10 +330,9 @@ def read_ahead(
 @contextmanager
 def write_behind(
     write: Callable[..., None],
-    room: int = ROOM,  # items that wait at most
 ) -> Iterator[Callable[..., None]]:  # takes what `write` takes
     "Call a function in a thread, in order. Its error is raised at the next call or at the end; all items are written."
-    waiting, failed = queue.Queue(room), []
+    waiting, failed = queue.Queue(ROOM), []
 
     def work() -> None:
         while (item := waiting.get()) is not END:

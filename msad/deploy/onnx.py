@@ -316,7 +316,10 @@ def compare_file(
     device: str | torch.device = "cpu",  # of the file
     min_score: float = 0.0,  # detections of the model that score less are left out
 ) -> Agreement:
-    "Run an exported file and its model on the same images, one by one. Raises an `ImportError` without its runtime."
+    """Run an exported file and its model on the same images, one by one. Raises an `ImportError` without its runtime.
+
+    Each detection of the model is looked for in the file; with a `part` of 1 the file may have no other either.
+    """
     file = ExportedDetector(path, device)
     counts, apart = torch.zeros(2, dtype=torch.int64), [torch.zeros(1, 2)]
     for image in images:
@@ -325,5 +328,6 @@ def compare_file(
         found = {name: value[found["scores"] >= min_score] for name, value in found.items()}
         counts += torch.tensor([len(found["scores"]), (others["scores"] >= min_score).sum()])
         apart.append(nearest_differences(found, others))
+        if part == 1: apart.append(nearest_differences(others, found))
     ordered = torch.cat(apart).sort(dim=0).values
     return Agreement(*counts.tolist(), *ordered[math.ceil(part * (len(ordered) - 1))].tolist())

@@ -169,7 +169,7 @@ def rounded(
 
 
 def rounded_weight(weight: Tensor) -> Tensor:
-    "Round the weights of a convolution to 255 steps around 0, for each channel."
+    "Round the weights of a convolution to 256 steps around 0, for each channel."
     most = weight.abs().amax((1, 2, 3), keepdim=True)
     return rounded(weight, -most, most)
 

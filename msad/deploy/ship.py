@@ -34,8 +34,7 @@ def export_run(
 ) -> Path | None:  # of the ONNX file; none where none was asked for, or another machine writes it
     "Write `model.onnx` into a run folder where `export` asks for it, and compare it with the model."
     if not settings.export or settings.node_rank: return None
-    places = {name: getattr(settings, name) for name in ("data", "val_split", "val_annotations", "val_images")}
-    return export(ExportSettings(model=str(settings.folder), **places))
+    return export(ExportSettings(model=str(settings.folder)))
 
 
 def ship(

@@ -102,7 +102,7 @@ def all_gather(
 
 # %% ../../nbs/30_engine.distributed.ipynb #b7ee2968
 def all_reduce_mean(
-    value: Tensor,  # a scalar of this process
+    value: Tensor,  # of this process, of any shape
 ) -> Tensor:  # without gradient
     "Average `value` across processes; no-op in one."
     value = value.detach().clone()

@@ -77,7 +77,7 @@ def exit_on_user_error() -> Iterator[None]:
     "Turn bad input into its one sentence and exit; in a launched process it stays an error to report."
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:  # the last of a package that is optional
         if is_launched(): raise
         sys.exit(str(error))
 

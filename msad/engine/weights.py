@@ -235,7 +235,7 @@ def load_model(
     return Distillation(model, teacher).eval()
 
 # %% ../../nbs/34_engine.weights.ipynb #dd2186ef
-def network_state(weights: Weights, config: ModelConfig, parameter: str) -> dict[str, Tensor]:
+def network_state(weights: Weights, config: ModelConfig) -> dict[str, Tensor]:
     "Rename the weights of a network that was trained to classify, as torchvision and timm save them."
     if config.backbone == "slimmable_resnet50" and config.width == 1:
         renamed = {torchvision_name(f"backbone.body.{name}"): value for name, value in weights.state.items()}
@@ -246,47 +246,47 @@ def network_state(weights: Weights, config: ModelConfig, parameter: str) -> dict
         first = next(iter(weights.state))
         cure = "slimmable_resnet50 of width 1.0" if "layer1.0.conv1.weight" in weights.state else "its own"
         raise ValueError(
-            f"{parameter}: {weights.path} is of a network that the backbone {config.backbone} of width "
+            f"weights: {weights.path} is of a network that the backbone {config.backbone} of width "
             f"{config.width:g} is not (it lacks {missing[0]}, its first is {first:.60}); set the backbone to {cure}"
         )
     return {name: renamed[name] for name in names}
 
 # %% ../../nbs/34_engine.weights.ipynb #a157194a
-def backbone_state(weights: Weights, config: ModelConfig, parameter: str) -> dict[str, Tensor]:
+def backbone_state(weights: Weights, config: ModelConfig) -> dict[str, Tensor]:
     "Select from weights that are less than a detector. Raises a `ValueError` that names what does not fit."
     if weights.kind != "slimmable" and config.all_widths:
         raise ValueError(
-            f"{parameter}: {weights.path} has one width and all_widths is True; give slimmable weights, or none"
+            f"weights: {weights.path} has one width and all_widths is True; give slimmable weights, or none"
         )
-    if weights.kind == "network": return network_state(weights, config, parameter)
+    if weights.kind == "network": return network_state(weights, config)
     if weights.backbone != config.backbone:
         raise ValueError(
-            f"{parameter}: {weights.path} is of the backbone {weights.backbone} and the model's is {config.backbone}; "
+            f"weights: {weights.path} is of the backbone {weights.backbone} and the model's is {config.backbone}; "
             f"set backbone to {weights.backbone}"
         )
     if weights.kind == "torchvision" and config.width != 1:
-        raise ValueError(f"{parameter}: {weights.path} has width 1 and the model {config.width:g}; set width to 1.0")
+        raise ValueError(f"weights: {weights.path} has width 1 and the model {config.width:g}; set width to 1.0")
     if weights.kind != "slimmable": return dict(weights.state)
     try:
         state = cut_state(weights.state, None if config.all_widths else config.width, weights.backbone)
     except RuntimeError as error:
         raise ValueError(
-            f"{parameter}: {weights.path} is no {weights.backbone} ({reason(error)}); get the file once more"
+            f"weights: {weights.path} is no {weights.backbone} ({reason(error)}); get the file once more"
         ) from None
     return {f"backbone.{name}": value for name, value in state.items()}
 
 
-def matching_state(weights: Weights, config: ModelConfig, parameter: str) -> dict[str, Tensor]:
+def matching_state(weights: Weights, config: ModelConfig) -> dict[str, Tensor]:
     "Select the weights that a model of `config` can start from. Raises a `ValueError` that names what does not fit."
-    if weights.config is None: return backbone_state(weights, config, parameter)
+    if weights.config is None: return backbone_state(weights, config)
     if weights.config.all_widths and not config.all_widths and weights.config.backbone == config.backbone:
-        plain = cut_detector(restore(weights, weights.config, weights.state, parameter), config.width)
+        plain = cut_detector(restore(weights, weights.config, weights.state, "weights"), config.width)
         weights = replace(weights, config=plain.config, state=plain.state_dict())
     for name in BUILT_ALIKE:
         theirs, ours = getattr(weights.config, name), getattr(config, name)
         if theirs != ours:
             raise ValueError(
-                f"{parameter}: {weights.path} has {name} {theirs} and the model {ours}; set {name} to {theirs}"
+                f"weights: {weights.path} has {name} {theirs} and the model {ours}; set {name} to {theirs}"
             )
     if has_classes(weights.config, config.class_names): return dict(weights.state)
     return {name: value for name, value in weights.state.items() if not name.startswith("head.cls_logits.")}
@@ -295,18 +295,17 @@ def matching_state(weights: Weights, config: ModelConfig, parameter: str) -> dic
 def load_weights(
     model: Detector,
     weights: Weights,
-    parameter: str = "weights",  # the name of the parameter that gave the path, for error messages
     otherwise: str = "started anew",  # what becomes of the tensors that the file does not have
 ) -> str:  # a sentence on what was loaded and what was not
     "Start `model` from weights of any kind. Raises a `ValueError` that names the field which does not fit."
-    fresh, state = model.state_dict(), matching_state(weights, model.config, parameter)
+    fresh, state = model.state_dict(), matching_state(weights, model.config)
     loaded = {name: value for name, value in state.items() if name in fresh}
     if weights.kind == "torchvision":
         loaded = {name: value for name, value in loaded.items() if value.shape == fresh[name].shape}
     for name, value in loaded.items():
         if value.shape != fresh[name].shape:
             shapes = f"{tuple(value.shape)}, not {tuple(fresh[name].shape)}"
-            raise ValueError(f"{parameter}: {weights.path} has {name} of shape {shapes}; get the file once more")
+            raise ValueError(f"weights: {weights.path} has {name} of shape {shapes}; get the file once more")
     model.load_state_dict({**fresh, **loaded})
 
     missing = [name for name in fresh if name not in loaded and not name.endswith("num_batches_tracked")]

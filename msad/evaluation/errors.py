@@ -15,7 +15,7 @@ from pycocotools import mask
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from ..data.annotations import usable_boxes
+from ..data.annotations import image_boxes
 from ..data.images import CocoImages
 
 # %% ../../nbs/49_evaluation.errors.ipynb #92b8308a
@@ -122,10 +122,8 @@ def classify_dataset(
         if result["image_id"] in by_image: by_image[result["image_id"]].append(result)
     classified = []
     for number, (image_id, mine) in enumerate(by_image.items()):
-        part = slice(images.first[number], images.first[number + 1])
-        boxes, usable = usable_boxes(images.boxes[part], images.sizes[number])
-        truth = {"boxes": boxes, "labels": images.labels[part], "iscrowd": images.iscrowd[part]}
-        truth = {name: torch.from_numpy(value[usable]) for name, value in truth.items()}
+        truth = image_boxes(images, number, images.sizes[number])
+        truth = {name: torch.from_numpy(value) for name, value in truth.items()}
         found = image_detections(images, mine, image_id, SHOWN_SCORE)
         classified.append((found, classify_errors(found, truth)))
     return classified

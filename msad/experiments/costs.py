@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Cost', 'onnx_session', 'forms', 'measure_costs', 'trial_config', 'write_costs', 'pareto_front', 'Point',
-           'list_points', 'costs_table', 'plot_costs', 'widths_table']
+           'mean_metrics', 'list_points', 'costs_table', 'plot_costs', 'widths_table']
 
 # %% ../../nbs/92_experiments.costs.ipynb #92c00003
 import json
@@ -122,6 +122,11 @@ class Point(NamedTuple):
     on_front: bool  # of AP and seconds in ONNX Runtime
 
 
+def mean_metrics(metrics: Sequence[dict]) -> dict[str, float]:
+    "Average AP and AP50 over seeds."
+    return {name: float(np.mean([values[name] for values in metrics])) for name in ("AP", "AP50")}
+
+
 def list_points(
     rows: Sequence[dict],  # of `run_trials`; those of several seeds are averaged
     costs: Mapping[str, dict],  # of `write_costs`, by name
@@ -130,9 +135,7 @@ def list_points(
     found = []
     for name in [name for name in SHAPES if name in costs]:
         metrics = [row["student"] for row in rows if row["name"] == name]
-        if not metrics: continue
-        means = {metric: np.mean([values[metric] for values in metrics]) for metric in ("AP", "AP50")}
-        found.append((name, means, Cost(**costs[name])))
+        if metrics: found.append((name, mean_metrics(metrics), Cost(**costs[name])))
     front = pareto_front([cost.onnx_seconds for *_, cost in found], [metrics["AP"] for _, metrics, _ in found])
     points = [Point(*parts, on_front) for parts, on_front in zip(found, front, strict=True)]
     return sorted(points, key=lambda point: point.cost.onnx_seconds)
@@ -176,14 +179,15 @@ def widths_table(
     rows: Sequence[dict],  # of `run_trials`
     costs: Mapping[str, dict],  # of `write_costs`, by name
 ) -> Table:
-    "Tabulate, by width, AP of the student of every width, of the one of that width alone, and what both cost."
-    whole = next((row["student"]["widths"] for row in rows if row["name"] == EVERY_WIDTH), {})
+    "Tabulate, by width, mean AP of the students of every width and of that width alone, and what both cost."
+    wholes = [row["student"]["widths"] for row in rows if row["name"] == EVERY_WIDTH]
     table = []
     for name, trial in WIDTHS.items():
-        alone = next((row["student"] for row in rows if row["name"] == name and name != EVERY_WIDTH), None)
-        if alone is None or not whole: continue
+        alones = [row["student"] for row in rows if row["name"] == name and name != EVERY_WIDTH]
+        if not alones or not wholes: continue
         width, cost = f"{trial.student['width']:g}", Cost(**costs[name])
-        aps = [f"{metrics[metric]:.1f}" for metric in ("AP", "AP50") for metrics in (whole[width], alone)]
+        both = mean_metrics([widths[width] for widths in wholes]), mean_metrics(alones)
+        aps = [f"{metrics[metric]:.1f}" for metric in ("AP", "AP50") for metrics in both]
         seconds = [f"{1000 * time:.1f}" for time in (cost.seconds, cost.onnx_seconds)]
         table.append([width, *aps, f"{cost.macs / 1e9:.2f}", *seconds])
     titles = ["width", "AP", "AP alone", "AP50", "AP50 alone", "multiply-adds (G)", "ms, PyTorch", "ms, ONNX"]

@@ -15,7 +15,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..data.table import Table
-from .trials import GRIDS, Trial, mean_text
+from .ablation_results import mean_text
+from .trials import GRIDS, Trial
 
 # %% ../../nbs/93_experiments.grid.ipynb #b4bce109
 class View(NamedTuple):

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['BASE', 'RECIPES', 'SHAPES', 'EVERY_WIDTH', 'WIDTHS', 'GRIDS', 'TRIALS', 'Trial', 'unclipped', 'shape', 'width_trial',
-           'grid_trial', 'TrialsSettings', 'check_names', 'Run', 'trial_folder', 'make_run', 'list_runs', 'read_rows',
-           'add_row', 'run_row', 'processor', 'torchvision_step', 'train_torchvision', 'torchvision_metrics',
-           'do_torchvision', 'run_trials', 'missing_runs', 'do_runs', 'try_run', 'mean_text', 'trials_table',
+           'grid_trial', 'TrialsSettings', 'check_names', 'Run', 'trial_folder', 'make_run', 'list_runs',
+           'common_settings', 'trial_rows', 'add_row', 'run_row', 'processor', 'torchvision_step', 'train_torchvision',
+           'torchvision_metrics', 'do_torchvision', 'run_trials', 'missing_runs', 'do_runs', 'try_run', 'trials_table',
            'timed_table']
 
 # %% ../../nbs/91_experiments.trials.ipynb #cbd7bdf4
 import itertools
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -19,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from filelock import FileLock
 from torch import nn
 from torchvision.models.detection import fcos_resnet50_fpn
 from tqdm import tqdm
 
-from ..data.files import read_json, write_atomically
+from ..data.files import read_json
 from ..data.images import CocoImages
 from ..data.layouts import SplitPath, read_split
 from ..data.loaders import EvalImages, batches, train_loader
@@ -34,12 +32,13 @@ from ..data.table import Table
 from ..data.transforms import EvalTransform, TrainTransform
 from ..engine.hooks import read_log
 from ..evaluation.coco_metrics import per_class_ap, run_coco_eval, summary_metrics, to_coco
-from .jobs import side_by_side
+from .ablation_results import mean_text
+from .jobs import folder_name, read_rows, side_by_side, write_rows
 from ..models.backbone import knows_imagenet
 from ..models.mobilenet import MOBILENET_WIDTHS
 from ..models.sizes import size_fields
 from ..models.timm_backbone import PACKAGES
-from ..runs.folders import FolderInUse, data_folder, runs_folder
+from ..runs.folders import FolderInUse, data_folder, lock_run_folder, runs_folder
 from ..runs.plan import TEACHER_SHARE
 from ..runs.settings import WITHOUT, TrainSettings, check_types
 from ..runs.train import train
@@ -160,7 +159,7 @@ class TrialsSettings:
     timed_seeds: int = 2  # of each time
     sizes: tuple[str, ...] = ()  # timed likewise, with ImageNet weights
     out: str | None = None  # folder of the runs; none: runs/DATA/trials under the repository
-    results: str | None = None  # file that collects the results; none: results/DATA.json in the repository
+    results: str | None = None  # file that collects the results; none: results/DATA-trials.json in the repository
     devices: str = "auto"
     jobs: int = 1  # processes that share the runs
 
@@ -178,7 +177,7 @@ class TrialsSettings:
         "Return the file of the results."
         if self.results: return Path(self.results).expanduser().resolve()
         runs = runs_folder(self.data)
-        return runs.parents[1] / "results" / f"{runs.name}.json"
+        return runs.parents[1] / "results" / f"{runs.name}-trials.json"
 
 # %% ../../nbs/91_experiments.trials.ipynb #91b00002
 def check_names(settings: TrialsSettings) -> None:
@@ -246,19 +245,22 @@ def list_runs(settings: TrialsSettings) -> list[Run]:
     return runs
 
 # %% ../../nbs/91_experiments.trials.ipynb #2611de55
-def read_rows(settings: TrialsSettings) -> list[dict]:
-    "Read the rows of all runs so far. Raises a `ValueError` for a file that holds something else."
-    rows = read_json(settings.file) if settings.file.exists() else []
-    if isinstance(rows, list): return rows
-    raise ValueError(f"results: {settings.file} holds no list of trials; give another file")
+def common_settings(settings: TrialsSettings) -> dict:
+    "Select the settings that all runs have in common and that their metrics depend on."
+    names = "train_split", "val_split", "whole_split", "test_split", "width", "teacher_iterations", "iterations"
+    return {"data": folder_name(settings.data), **{name: getattr(settings, name) for name in names}}
+
+
+def trial_rows(settings: TrialsSettings) -> list[dict]:
+    "Read the rows of all runs so far. Raises a `ValueError` for a file of other settings, or of something else."
+    return read_rows(settings.file, common_settings(settings))
 
 
 def add_row(settings: TrialsSettings, row: dict) -> None:
     "Add the row of a run."
     settings.file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(settings.file.with_name(f".{settings.file.name}.lock")):
-        text = "[\n" + ",\n".join(json.dumps(row) for row in (*read_rows(settings), row)) + "\n]\n"
-        write_atomically(settings.file, lambda file: file.write(text.encode()))
+        write_rows(settings.file, {"settings": common_settings(settings)}, [*trial_rows(settings), row])
 
 
 def run_row(run: Run) -> dict:
@@ -295,16 +297,15 @@ def torchvision_step(model: nn.Module, optimizer: torch.optim.Optimizer, images:
 def train_torchvision(
     images: CocoImages,
     minutes: float,
-    seed: int = 0,
     size: tuple[int, int] = (800, 1333),  # short side, limit of the long side
 ) -> tuple[nn.Module, int]:  # the detector, and its iterations
     "Train torchvision's FCOS for some minutes."
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     sides = dict(min_size=size[0], max_size=size[1])
     model = fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=len(images.class_names) + 1, **sides)
     lr, started = 0.01 * 2 / 16, time.perf_counter()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
-    done, part, loader = 0, 0.0, iter(batches(train_loader(images, TrainTransform(*size, seed=seed), 2)))
+    done, part, loader = 0, 0.0, iter(batches(train_loader(images, TrainTransform(*size), 2)))
     with tqdm(total=60 * minutes, unit="s", desc="torchvision's FCOS") as bar:
         while part < 1:
             rate = lr * 0.1 ** sum(part >= milestone for milestone in (16 / 26, 22 / 26))
@@ -330,7 +331,7 @@ def torchvision_metrics(model: nn.Module, images: CocoImages, size: tuple[int, i
 # %% ../../nbs/91_experiments.trials.ipynb #0a7fc2a9
 def do_torchvision(settings: TrialsSettings) -> None:
     "Train and evaluate torchvision's FCOS for the first of the times, unless that is done."
-    if not settings.minutes or any(row["name"] == "torchvision" for row in read_rows(settings)): return
+    if not settings.minutes or any(row["name"] == "torchvision" for row in trial_rows(settings)): return
     splits = (settings.whole_split, settings.test_split)
     images, test_images = (CocoImages(read_split(SplitPath(data_folder(settings.data), name))) for name in splits)
     model, iterations = train_torchvision(images, settings.minutes[0])
@@ -346,12 +347,12 @@ def run_trials(
     if settings.jobs > 1: side_by_side(do_runs, settings.jobs, settings)
     else: do_runs(settings)
     do_torchvision(settings)
-    return read_rows(settings)
+    return trial_rows(settings)
 
 # %% ../../nbs/91_experiments.trials.ipynb #91b00001
 def missing_runs(settings: TrialsSettings) -> list[Run]:
     "List the runs that are still to be done."
-    done = {(row["name"], row["seed"]) for row in read_rows(settings)}
+    done = {(row["name"], row["seed"]) for row in trial_rows(settings)}
     return [run for run in list_runs(settings) if (run.name, run.seed) not in done]
 
 
@@ -364,18 +365,15 @@ def do_runs(settings: TrialsSettings) -> None:
 def try_run(settings: TrialsSettings, run: Run) -> bool:
     "Do a run, unless it is done by now; return false when another process works on it."
     try:
-        for part in run.parts.values(): train(part)
+        with lock_run_folder(trial_folder(settings, run.name, run.seed), patience=0):
+            if run not in missing_runs(settings): return True
+            for part in run.parts.values(): train(part)
+            add_row(settings, run_row(run))
+            return True
     except FolderInUse:
         return False
-    if run in missing_runs(settings): add_row(settings, run_row(run))
-    return True
 
 # %% ../../nbs/91_experiments.trials.ipynb #006849e6
-def mean_text(values: Sequence[float]) -> str:
-    "Write a mean, with the standard deviation where there are several values."
-    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
-
-
 def trials_table(rows: Sequence[dict]) -> Table:
     "Tabulate the trials: of each the means over its seeds, in percent, and how far its AP is from that of the base."
     table, named = [], {name: [row for row in rows if row["name"] == name] for name in RECIPES}

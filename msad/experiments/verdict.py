@@ -112,11 +112,15 @@ def with_teachers(
     rows: Sequence[dict],  # of runs: `variant`, `seed` and metrics
     teachers: int | None,  # that the students of all seeds share; none: each seed has its own
 ) -> list[dict]:
-    "Repeat the rows of shared teachers for the seeds of their students, so that differences are taken seed by seed."
+    """Repeat the rows of shared teachers for the seeds of their students, so that differences are taken seed by seed.
+
+    A repeated row has `repeated`: it is no run of its own.
+    """
     if not teachers: return list(rows)
     own = {row["seed"]: row for row in rows if row["variant"] == TEACHER}
     others = sorted({row["seed"] for row in rows} - set(own))
-    return [*rows, *({**own[seed % teachers], "seed": seed} for seed in others if seed % teachers in own)]
+    known = [seed for seed in others if seed % teachers in own]
+    return [*rows, *({**own[seed % teachers], "seed": seed, "repeated": True} for seed in known)]
 
 
 def paired(
@@ -227,7 +231,8 @@ def recovered_text(rows: Sequence[dict], student: str, photographs: int) -> str:
     "Say how much of the teacher's lead a student recovers."
     gain = recovered_lead(rows, student, photographs)
     if gain is None: return f"The teacher leads the undistilled one by less than {LEAST_LEAD:g} AP: hardly a lead."
-    lead = number(paired(rows, TEACHER, UNDISTILLED, "AP").mean())
+    seeds = common_seeds(rows, TEACHER, UNDISTILLED, student)
+    lead = number(paired([row for row in rows if row["seed"] in seeds], TEACHER, UNDISTILLED, "AP").mean())
     low, high = (f"{100 * end:.0f} %".replace("-", "−") for end in (gain.low, gain.high))
     of = "for other photographs alone" if gain.seeds == 1 else count_text(gain.seeds, "seed")
     share = f"{100 * gain.mean:.0f} %".replace("-", "−")
@@ -242,9 +247,9 @@ def detector_title(variant: str, student: str) -> str:
 
 def comparison_table(rows: Sequence[dict], student: str, photographs: int) -> Table:
     "Tabulate AP and AP50 of all detectors in percent, and by how much each is better than the undistilled one."
-    table = []
+    table, runs = [], [row for row in rows if not row.get("repeated")]
     for variant in dict.fromkeys(row["variant"] for row in rows):
-        aps, ap50s, minutes = (list(by_seed(rows, variant, name).values()) for name in ("AP", "AP50", "minutes"))
+        aps, ap50s, minutes = (list(by_seed(runs, variant, name).values()) for name in ("AP", "AP50", "minutes"))
         gain = gain_over(rows, variant, UNDISTILLED, photographs) if variant != UNDISTILLED else None
         cells = [f"{gain.mean:+.1f}", f"{gain.low:+.1f} to {gain.high:+.1f}"] if gain else ["", ""]
         cells = [cell.replace("-", "−") for cell in cells]

@@ -186,7 +186,7 @@ def evaluate(
     print(f"run folder: {display_path(folder)}")
     if state == "finished": print("finished already")
     elif (processes := num_processes(settings.devices)) > 1:
-        launch("msad.runs.evaluate", settings_dict(settings), processes=processes)
+        launch("msad.runs.evaluate", settings_dict(settings) | {"model": str(path)}, processes=processes)
     else: evaluate_here(settings, model, images, folder, description)
     print(metrics_text(folder))
     return folder

@@ -165,9 +165,10 @@ def make_trainer(plan: Plan) -> Trainer:
     if local_rank() == 0: print(text)
     model = model.to(resolve_device(settings.devices), memory_format=torch.channels_last)
     images, val_images, unlabelled = plan.images, plan.val_images, plan.unlabelled
-    if settings.reduced_decoding: images, val_images = images.decoded_for(size), val_images.decoded_for(size)
-    if settings.reduced_decoding and unlabelled: unlabelled = unlabelled.decoded_for(size)
     transform = make_transform(recipe, size, images, settings.seed)
+    if settings.reduced_decoding:
+        images, val_images = images.decoded_for(transform.needed), val_images.decoded_for(size)
+        unlabelled = unlabelled and unlabelled.decoded_for(transform.needed)
     print_estimate(plan, model, images, transform)
     return Trainer(
         model, images, transform, recipe, settings.folder,
