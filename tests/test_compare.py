@@ -188,7 +188,7 @@ def test_photographs_without_boxes_make_one_student_more(coco, tmp_path):
     shutil.copytree(coco / "train2017", folder)
     settings = CompareSettings(data=str(coco), out=str(tmp_path / "out"), unlabelled=str(folder), **TINY)
     comparison = plan_comparison(settings)
-    assert comparison.student == UNLABELLED and comparison.names[:3] == [TEACHER, UNLABELLED, "balanced"]
+    assert comparison.student == UNLABELLED and comparison.names[:3] == [TEACHER, UNLABELLED, "crosskd"]
     taught = [train_settings(comparison.settings, name, 0).unlabelled for name in comparison.names]
     assert [bool(given) for given in taught] == [name == UNLABELLED for name in comparison.names]
     head = {"settings": comparison.common, "content": comparison.content, "length": vars(comparison.length)}
@@ -198,7 +198,7 @@ def test_photographs_without_boxes_make_one_student_more(coco, tmp_path):
     with pytest.raises(ValueError, match="image names .* of unlabelled changed since"): plan_comparison(settings)
     without = CompareSettings(data=str(coco), out=str(tmp_path / "out"), **TINY)
     plain = plan_comparison(without)
-    assert plain.student == "balanced"
+    assert plain.student == "crosskd"
     write_results(plain, {"variant": "none", "seed": 0})
     with pytest.raises(ValueError, match="image names .* of unlabelled changed since"): plan_comparison(settings)
 
@@ -229,7 +229,7 @@ def heeding_ctrl_c():
 def test_stopped_goes_on_and_finished_is_shown(tmp_path):
     for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split)
     settings = CompareSettings(data=str(tmp_path / "data"), out=str(tmp_path / "out"), **TINY)
-    stopped, student = start(tmp_path), run_folder(settings, "balanced", 0)
+    stopped, student = start(tmp_path), run_folder(settings, "crosskd", 0)
     try:
         while not (student / "log.jsonl").exists() or len((student / "log.jsonl").read_text().splitlines()) < 10:
             assert stopped.poll() is None, stopped.communicate()[1][-2000:]

@@ -200,9 +200,9 @@ def test_no_step_asks_for_a_number(name):
 def test_recipes_say_what_is_distilled(tmp_path):
     assert {find_recipe("published", role, 0.5).distillation for role in ("teacher", "student")} == {"published"}
     small = SMALL["student"]
-    assert (small.distillation, small.distillation_share, small.distillation_until) == ("balanced", 0.25, 0.8)
+    assert (small.distillation, small.distillation_share, small.distillation_until) == ("crosskd", 0.25, 0.8)
     path = tmp_path / "recipe.json"
-    for given, expected in (({}, "balanced"), ({"alpha": 0.1}, "published"), ({"distillation": "cwd"}, "cwd")):
+    for given, expected in (({}, "crosskd"), ({"alpha": 0.1}, "published"), ({"distillation": "cwd"}, "cwd")):
         path.write_text(json.dumps({"iterations": 9, "batch_size": 2, "lr": 0.1, **given}))
         assert find_recipe(str(path), "student", 0.5).distillation == expected
     assert set(CHOICES["distillation"]) == {"none", *IMITATIONS}
@@ -243,25 +243,25 @@ def student(root, out, **changes):
 
 def test_the_plan_tells_it(tmp_path):
     for given, line in (
-        (dict(), "distillation: balanced, at most 0.25 of the detection losses, in the first 80% of the run, from"),
+        (dict(), "distillation: crosskd, at most 0.25 of the detection losses, in the first 80% of the run, from"),
         (dict(distillation="pkd", distillation_share=0.5), "pkd, at most 0.5 of the detection losses, in the first"),
         (dict(distillation="published"), "distillation: published, of size 0.02 without a limit, to the end, from"),
         (dict(distillation="none"), "no distillation: it learns from the labels alone"),
         (dict(recipe="published"), "distillation: published, of size 0.2 without a limit, to the end, from"),
-        (dict(recipe="auto"), "distillation: balanced, at most 0.25 of the detection losses, in the first 80%"),
+        (dict(recipe="auto"), "distillation: crosskd, at most 0.25 of the detection losses, in the first 80%"),
         (dict(all_widths=True, width=None), "; the narrower widths learn from the widest, at most 0.25"),
         (dict(all_widths=True, teacher="without"), "the narrower widths learn from the widest, at most 0.25 of the"),
     ): assert line in str(prepare(student(tmp_path, "run", **given)))
 
 
 def test_a_parameter_without_use_is_refused_when_the_recipe_is_known(tmp_path):
-    with pytest.raises(ValueError, match="alpha is 0.1 and distillation balanced, which does not have it: .*published"):
+    with pytest.raises(ValueError, match="alpha is 0.1 and distillation crosskd, which does not have it: .*published"):
         prepare(student(tmp_path, "run", alpha=0.1))
     with pytest.raises(ValueError, match="distillation_share is 0.1 and distillation published, which"):
         prepare(student(tmp_path, "run", recipe="published", distillation_share=0.1))
     prepare(student(tmp_path, "run", recipe="published", alpha=0.1))
     (tmp_path / "data" / "msad.json").write_text('{"alpha": 0.1}')
-    with pytest.raises(ValueError, match="alpha is 0.1 and distillation balanced"): prepare(student(tmp_path, "run"))
+    with pytest.raises(ValueError, match="alpha is 0.1 and distillation crosskd"): prepare(student(tmp_path, "run"))
     assert prepare(student(tmp_path, "run", distillation="pkd")).recipe.distillation == "pkd"
     (tmp_path / "data" / "msad.json").write_text('{"distillation": "l1"}')
     with pytest.raises(ValueError, match="msad.json: distillation is 'l1'"): prepare(student(tmp_path, "run"))
@@ -318,7 +318,7 @@ def test_folders_of_earlier_versions_are_found_again(tmp_path):
         settings = student(tmp_path, name, distillation=name, iterations=1)
         forget(train(settings), alpha)
         assert prepare(settings).state == "finished"
-        with pytest.raises(ValueError, match=f"recipe.distillation: {name} there, balanced now"):
+        with pytest.raises(ValueError, match=f"recipe.distillation: {name} there, crosskd now"):
             prepare(student(tmp_path, name, iterations=1))
     alone = student(tmp_path, "alone", teacher="without", iterations=1, **SIZES)
     forget(train(alone), 0.02)
@@ -338,7 +338,7 @@ def test_settings_of_earlier_versions(tmp_path):
 
 
 def test_a_distillation_that_outweighs_the_detection_losses_is_told():
-    with pytest.warns(UserWarning, match="was 3.0 times the detection losses .*try distillation balanced"):
+    with pytest.warns(UserWarning, match="was 3.0 times the detection losses .*try distillation crosskd"):
         warn_of_share([{"distillation_share": share} for share in (0, 2.0, 4.0)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

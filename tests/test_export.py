@@ -250,7 +250,7 @@ def test_a_file_with_boxes_too_many_is_told(exported):
     file, model = exported / "new" / "student.onnx", load_model(exported)
     images = [torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 64, 96), np.uint8))]
     assert compare_file(file, model, images).boxes < 0.01
-    model.head.thresholds = replace(model.head.thresholds, detections_per_img=1)
+    model.head.thresholds = model.head.thresholds._replace(detections_per_img=1)
     assert compare_file(file, model, images).boxes > 1
     assert compare_file(file, model, images, part=0.97).boxes < 0.01  # asks the other way alone
 

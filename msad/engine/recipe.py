@@ -182,7 +182,7 @@ UNTIL = 0.8  # part of the run after which a student learns from the labels alon
 SMALL = {
     "teacher": Recipe(600, 8, 2e-3, "adamw", "cosine", warmup=60, weight_decay=0.05, max_grad_norm=1.0, ema=0.05),
     "student": Recipe(
-        480, 8, 1e-3, "adamw", "cosine", warmup=48, distillation_warmup=144, distillation="balanced", alpha=0.02,
+        480, 8, 1e-3, "adamw", "cosine", warmup=48, distillation_warmup=144, distillation="crosskd", alpha=0.02,
         distillation_until=UNTIL, weight_decay=0.05, max_grad_norm=1.0, ema=0.05,
     ),
 }
@@ -234,7 +234,7 @@ def find_recipe(
         if field not in known: raise ValueError(f"recipe: {name}: {unknown_name(field, known)}")
     for field in ("iterations", "batch_size", "lr"):
         if field not in values: raise ValueError(f"recipe: {name} has no {field}: add it")
-    if "alpha" not in values: values = {"distillation": "balanced", "distillation_until": UNTIL, **values}
+    if "alpha" not in values: values = {"distillation": "crosskd", "distillation_until": UNTIL, **values}
     try:
         return Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     except (TypeError, ValueError) as error:

@@ -84,7 +84,7 @@ class CompareSettings(RecipeSettings, ModelSettings):
     val_split: str | None = None  # name of the split to evaluate on; none: found, or a fifth is held out
     teacher_iterations: int | None = None  # updates of the teacher; none: the recipe's, or its share of the minutes
     teacher_size: str | None = None  # "small", "medium" or "paper", of the teacher alone; none: as the student
-    distillation: str | None = None  # "balanced", "published", "pkd", "cwd", "fgd" or "crosskd"; none: the recipe's
+    distillation: str | None = None  # "crosskd", "balanced", "published", "pkd", "cwd" or "fgd"; none: the recipe's
     others: tuple[str, ...] = ()  # more distillations for the table
     unlabelled: str | None = None  # folder of photographs without boxes, for one more student that learns from them too
     seeds: int = 2  # of each detector; the interval needs two, and five make it narrow

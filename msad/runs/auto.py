@@ -140,7 +140,7 @@ def auto_recipe(
     lr = float(f"{(LR if from_nothing else LR / 2) * (batch / 8) ** 0.5:.2g}")
     recipe = Recipe(
         iterations, batch, lr, "adamw", "cosine", warmup=max(1, iterations // 10), weight_decay=0.05, ema=0.05,
-        distillation="balanced", alpha=0.02, distillation_until=UNTIL,
+        distillation="crosskd", alpha=0.02, distillation_until=UNTIL,
         distillation_warmup=max(1, round(0.3 * iterations)), scale_jitter=0.25, max_grad_norm=1.0,
     )
     passes, kind = iterations * batch / count, "a processor" if device == "cpu" else "a GPU"

@@ -42,7 +42,7 @@ class RecipeSettings:
     milestones: tuple[int, ...] | None = None  # iterations at which the learning rate falls to a tenth
     warmup: int | None = None  # iterations over which the learning rate rises
     weight_decay: float | None = None  # on everything but the affine parameters of norm layers
-    distillation: str | None = None  # "none", "balanced", "published", "pkd", "cwd", "fgd" or "crosskd"; a student's
+    distillation: str | None = None  # "none", "crosskd", "balanced", "published", "pkd", "cwd" or "fgd"; a student's
     alpha: float | None = None  # size of the published distillation
     distillation_share: float | None = None  # of the detection losses, at most; of all distillations but the published
     distillation_until: float | None = None  # part of the run after which the teacher is not asked any more

@@ -229,7 +229,7 @@ def warn_of_share(log: list[dict]) -> None:
     if not shares or (mean := sum(shares) / len(shares)) <= 1: return
     warnings.warn(
         f"the distillation was {mean:.1f} times the detection losses on average, more than half of the loss, so it may "
-        "have done harm: try distillation balanced",
+        "have done harm: try distillation crosskd",
         stacklevel=2,
     )
 
