@@ -44,7 +44,7 @@ $(PRETRAINED)/analysis/summary.txt: | install
 	@$(PAPERMILL) $(LOOKS) -p weights pretrained -p iterations 300 -p out $(PRETRAINED)/teacher \
 		nbs/train_teacher.ipynb $(PRETRAINED)/train_teacher.ipynb
 	@echo "2 of 3: the student"
-	@$(PAPERMILL) -p teacher $(PRETRAINED)/teacher -p iterations 300 -p out $(PRETRAINED)/student \
+	@$(PAPERMILL) -p teacher $(PRETRAINED)/teacher -p iterations 300 -p distillation balanced -p out $(PRETRAINED)/student \
 		nbs/train_student.ipynb $(PRETRAINED)/train_student.ipynb
 	@echo "3 of 3: analysis"
 	@$(PAPERMILL) -y "runs: [$(PRETRAINED)/teacher, $(PRETRAINED)/student]" -p out $(PRETRAINED)/analysis \
