@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from msad.cli import main
 from msad.data.images import CocoImages
 from msad.data.loaders import TrainImages
-from msad.data.transforms import TrainTransform, Variety, make_mosaic
+from msad.data.transforms import TrainTransform, Variety, make_mosaic, needed_size
 from msad.engine.recipe import adapt
 from msad.engine.trainer import make_transform
 from msad.engine.weights import load_model
@@ -304,8 +304,8 @@ def test_patience_needs_something_to_find(coco, tmp_path):
 
 def test_samples_are_decoded_as_large_as_they_get():
     large = TrainTransform(64, 96, variety=Variety(scale_jitter=0.25))
-    assert (TrainTransform(64, 96).needed, large.needed) == ((64, 96), (80, 120))
-    assert TrainTransform(64, 96, variety=Variety(iou_crop=0.5)).needed is None
+    assert (needed_size(TrainTransform(64, 96)), needed_size(large)) == ((64, 96), (80, 120))
+    assert needed_size(TrainTransform(64, 96, variety=Variety(iou_crop=0.5))) is None
 
 
 # --- the average of the weights

@@ -373,7 +373,7 @@ def listed_stems(file: Path) -> list[str]:
     "Read a list of images, one in a line; their names may have spaces."
     return [line.strip() for line in read_lines(file) if line.strip()]
 
-
+# %% ../../nbs/22_data.layouts.ipynb #cab82b5a
 @dataclass(frozen=True)
 class VocFile:
     "What an XML file of Pascal VOC tells of an image."

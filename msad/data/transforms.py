@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VISIBLE', 'FILL', 'crop_or_pad', 'iou_crop', 'Variety', 'single_boxes', 'visible_boxes', 'flip', 'TrainTransform',
-           'vary', 'make_mosaic', 'EvalTransform']
+           'vary', 'needed_size', 'make_mosaic', 'EvalTransform']
 
 # %% ../../nbs/24_data.transforms.ipynb #a78f1117
 import math
@@ -126,13 +126,6 @@ class TrainTransform:
         self.short_sides = [int(short_side * (20 + i) / 25 + 0.5) for i in range(6)]
         self.max_side, self.flips, self.seed, self.variety = max_side, flips, seed, variety or Variety()
 
-    @property
-    def needed(self) -> tuple[int, int] | None:
-        "Return the short side and the limit of the long side that samples are made from; none: all pixels, for crops."
-        if self.variety.iou_crop: return None
-        scale = 1 + self.variety.scale_jitter
-        return math.ceil(scale * self.short_sides[-1]), math.ceil(scale * self.max_side)
-
     def rng(self, epoch: int, image_id: int, *purpose: int) -> np.random.Generator:
         "Make the generator that decides about an image in an epoch."
         return np.random.default_rng((self.seed, epoch, image_id % 2**64, *purpose))
@@ -178,6 +171,15 @@ def vary(
     if window: image, boxes, labels = crop_or_pad(image, boxes, labels, window)
     if p := transform.variety.photometric: image = v2.RandomPhotometricDistort(p=p)(image)
     return image, boxes, labels
+
+# %% ../../nbs/24_data.transforms.ipynb #341fc732
+def needed_size(
+    transform: TrainTransform,
+) -> tuple[int, int] | None:  # short side and limit of the long side, pixels; none: all, for crops
+    "Return the size from which all samples can be made without enlarging it."
+    if transform.variety.iou_crop: return None
+    scale = 1 + transform.variety.scale_jitter
+    return math.ceil(scale * transform.short_sides[-1]), math.ceil(scale * transform.max_side)
 
 # %% ../../nbs/24_data.transforms.ipynb #c3a10012
 def make_mosaic(

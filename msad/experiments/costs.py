@@ -140,7 +140,7 @@ def list_points(
     points = [Point(*parts, on_front) for parts, on_front in zip(found, front, strict=True)]
     return sorted(points, key=lambda point: point.cost.onnx_seconds)
 
-
+# %% ../../nbs/92_experiments.costs.ipynb #d7672037
 def costs_table(
     points: Sequence[Point],
     sizes: Mapping[str, str],  # words for some of the names

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MODEL_DEFAULTS', 'COCO_SIZE', 'UNLABELLED_SHARE', 'TEACHER_SHARE', 'SHARED', 'read_defaults', 'settle_backbone',
            'has_backbone_of', 'own_weights', 'check_default_teacher', 'model_config', 'check_fit', 'recipe_name',
-           'base_recipe', 'count_empty', 'resolve_recipe', 'check_imitation', 'read_photographs',
-           'describe_distillation', 'Plan', 'even_devices', 'count_processes', 'images_per_norm', 'intervals',
-           'describe_intervals', 'describe_devices', 'notes', 'describe_reasons', 'describe_head', 'describe_width',
-           'describe', 'choose_model', 'given_reasons', 'own_minutes', 'begun_with', 'fit_minutes', 'content_of',
-           'other_data', 'find_teacher', 'read_images', 'leave_out_classes', 'check_box_sides', 'find_oddities',
-           'check_batch_norm', 'read_teacher', 'read_starts', 'prepare', 'plan_state']
+           'base_recipe', 'count_empty', 'resolve_recipe', 'check_recipe', 'read_photographs', 'describe_distillation',
+           'Plan', 'even_devices', 'count_processes', 'images_per_norm', 'intervals', 'describe_intervals',
+           'describe_devices', 'notes', 'describe_reasons', 'describe_head', 'describe_width', 'describe',
+           'choose_model', 'given_reasons', 'own_minutes', 'begun_with', 'fit_minutes', 'content_of', 'other_data',
+           'find_teacher', 'read_images', 'leave_out_classes', 'check_box_sides', 'find_oddities', 'check_batch_norm',
+           'read_teacher', 'read_starts', 'prepare', 'plan_state']
 
 # %% ../../nbs/63_runs.plan.ipynb #0b6a586a
 import math
@@ -253,12 +253,15 @@ def resolve_recipe(
     return replace(recipe, empty_images=recipe.empty_images and count_empty(images) > 0)
 
 # %% ../../nbs/63_runs.plan.ipynb #26ab437f
-def check_imitation(
+def check_recipe(
     settings: TrainSettings,
     defaults: dict,  # of the data
     recipe: Recipe,  # of `resolve_recipe`
+    val_images: CocoImages,
 ) -> None:
-    "Raise a `ValueError` that names a parameter which the distillation of a student does not have."
+    "Raise a `ValueError` that names a parameter without use for the distillation of a student, or for the data."
+    if recipe.patience and not len(val_images.boxes):
+        raise ValueError(f"patience is {recipe.patience} and {val_images.split.name} has no box to find: leave it out")
     if not (settings.has_teacher or settings.all_widths): return
     given = {name: value for name in DISTILLATION if (value := getattr(settings, name)) is not None}
     given["unlabelled"] = settings.unlabelled
@@ -732,9 +735,7 @@ def prepare(
     settings = replace(settings, devices=even_devices(settings, settings.batch_size or base.batch_size))
     processes = count_processes(settings)
     why = {name: choice.reason for name, choice in chosen.items()} | given_reasons(settings, defaults, why)
-    check_imitation(settings, defaults, recipe := resolve_recipe(settings, base, images, processes))
-    if recipe.patience and not len(val_images.boxes):
-        raise ValueError(f"patience is {recipe.patience} and {val_images.split.name} has no box to find: leave it out")
+    check_recipe(settings, defaults, recipe := resolve_recipe(settings, base, images, processes), val_images)
     plan = Plan(
         settings, config, recipe, images, val_images, summaries, data_content, oddities, "new", weights, teacher,
         teacher_plan, processes, base, why, from_nothing, read_photographs(settings, recipe.batch_size),

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..data.annotations import usable_boxes
 from ..data.files import write_json
 from ..data.images import CocoImages
-from ..data.transforms import TrainTransform
+from ..data.transforms import TrainTransform, needed_size
 from ..engine.checkpoint import list_checkpoints
 from msad.engine.distributed import (
     all_gather,
@@ -167,8 +167,8 @@ def make_trainer(plan: Plan) -> Trainer:
     images, val_images, unlabelled = plan.images, plan.val_images, plan.unlabelled
     transform = make_transform(recipe, size, images, settings.seed)
     if settings.reduced_decoding:
-        images, val_images = images.decoded_for(transform.needed), val_images.decoded_for(size)
-        unlabelled = unlabelled and unlabelled.decoded_for(transform.needed)
+        images, unlabelled = (part and part.decoded_for(needed_size(transform)) for part in (images, unlabelled))
+        val_images = val_images.decoded_for(size)
     print_estimate(plan, model, images, transform)
     return Trainer(
         model, images, transform, recipe, settings.folder,
