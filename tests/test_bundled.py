@@ -39,3 +39,4 @@ def test_a_picture_with_boxes_from_one_command(tmp_path):
 def test_prediction_by_name():
     prediction = Predictor("trees")(PHOTOGRAPH)
     assert set(prediction["names"]) == {"tree"} and prediction["scores"][0] > 0.5
+    with pytest.raises(ValueError, match="path is found.png: let it end in .jpg"): prediction.save("found.png")

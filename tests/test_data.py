@@ -141,6 +141,23 @@ def test_exif_rotation(data):
             assert len({view.shape[2] > view.shape[1] for view in views}) == 1
 
 
+def test_boxes_of_the_unturned_pixels_are_refused(data):
+    root, dataset = data
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(root / "train/0.jpg", exif=exif)  # shown as 30 high, 20 wide
+    dataset["images"][0].update(height=20, width=30)
+    number = dataset["images"][0]["id"]
+    for box in (box for box in dataset["annotations"] if box["image_id"] == number): box["bbox"] = [2, 2, 8, 8]
+    write(root, dataset)
+    check_data(root, "train", decode=False)  # they fit either way
+    next(box for box in dataset["annotations"] if box["image_id"] == number)["bbox"] = [15, 2, 14, 8]
+    write(root, dataset)
+    for decode in (False, True):
+        with pytest.raises(ValueError, match="1 of 6 images are turned by their header and their boxes are not: "):
+            check_data(root, "train", decode=decode)
+
+
 @pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_size_by_the_header(data, kind, orientation):

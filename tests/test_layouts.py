@@ -319,6 +319,11 @@ def test_voc_list_of_a_file_that_is_not_there(voc):
         read_split(SplitPath(voc, "train"))
 
 
+def test_a_file_in_place_of_its_folder(voc):
+    with pytest.raises(FileNotFoundError, match="is a file: give the folder that it lies in"):
+        find_layout(voc / f"Annotations/{SPLITS['train'][0]}.xml")
+
+
 def test_voc_names_with_spaces(voc):
     train, val = (read_split(SplitPath(voc, name)) for name in ("train", "val"))
     for file in (*(voc / "Annotations").iterdir(), *(voc / "JPEGImages").iterdir()):

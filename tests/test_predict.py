@@ -354,7 +354,7 @@ def test_a_folder_without_one_good_file(album, place, tmp_path):
     for name in ("a.jpg", "a.png", "b.jpg"): (album / name).unlink()
     out = predict(settings(album, place, tmp_path / "out"))
     assert json.loads((out / "results.json").read_text())["images"] == []
-    assert results_text(out).startswith("0 photographs: nothing found\nskipped, since they cannot be read: 3\n")
+    assert results_text(out).startswith("skipped, since they cannot be read: 3\n")
 
 
 @pytest.mark.parametrize(

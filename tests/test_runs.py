@@ -20,7 +20,7 @@ from msad.models.transform import CAFFE
 from msad.runs import evaluate as evaluate_program
 from msad.runs import train as train_program
 from msad.runs.evaluate import EvaluateSettings, evaluate
-from msad.runs.folders import default_folder, finished_runs, run_images, weights_file
+from msad.runs.folders import default_folder, detector_file, finished_runs, run_images, weights_file
 from msad.runs.plan import prepare
 from msad.runs.settings import TrainSettings
 from msad.runs.train import initial_model, train
@@ -397,6 +397,30 @@ def test_changed_data_are_another_run(finished, tmp_path, change, split, message
     write_json(folders[0] / "settings.json", prepare(replace(settings, out=str(tmp_path / "new"))).description)
     with pytest.raises(ValueError, match=f"different photographs .*{message}"):
         finished_runs(folders[::-1])
+
+
+def test_a_run_is_evaluated_on_its_own_data(coco, tmp_path):
+    file = write_teacher(tmp_path / "run" / "model_final.pth")
+    assert EvaluateSettings(model=str(file)).data == "trees"
+    run = {"data": str(coco), "train_split": "val2017", "val_split": "train2017", "val_images": str(coco / "train2017")}
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(run))
+    for model in (file, file.parent):
+        settings = EvaluateSettings(model=str(model))
+        assert {name: getattr(settings, name) for name in run if name != "train_split"} == {
+            name: value for name, value in run.items() if name != "train_split"
+        }
+    assert EvaluateSettings(model=str(file), data="trees").val_split is None
+    named = EvaluateSettings(model=str(file), val_annotations=str(coco / "annotations/instances_val2017.json"))
+    assert (named.data, named.val_split) == (str(coco), None)
+
+
+def test_a_model_that_is_not_there_yet(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/settings.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="run is not finished: the command that began it goes on"):
+        detector_file(tmp_path / "run")
+    with pytest.raises(ValueError, match="model is a Linear: give a run folder, a file, or a bundled name"):
+        detector_file(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.slow

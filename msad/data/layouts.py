@@ -481,6 +481,7 @@ def find_layout(
 ) -> Layout:
     "Find out how a data folder is arranged. Raises FileNotFoundError if it is in no layout that is known."
     root = Path(root)
+    if root.is_file(): raise FileNotFoundError(f"The data folder {root} is a file: give the folder that it lies in.")
     if not root.is_dir():
         raise FileNotFoundError(f"The data folder {root} does not exist: check the path or put it there.")
     for words, find, read in LAYOUTS:

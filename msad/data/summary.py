@@ -151,10 +151,11 @@ def check_headers(images: CocoImages) -> None:
 
 def _compare_sizes(images: CocoImages, sizes: Iterable[tuple[int, int] | str]) -> None:
     "Compare sizes (or why there is none) with those that are stated."
-    broken, resized = [], []
-    for path, stated, size in zip(images.paths, images.sizes.tolist(), sizes, strict=True):
+    broken, resized, turned = [], [], []
+    for index, (path, stated, size) in enumerate(zip(images.paths, images.sizes.tolist(), sizes, strict=True)):
         if isinstance(size, str): broken.append(f"{path} ({size})")
         elif sorted(size) != sorted(stated): resized.append(f"{path} is {list(size)}, stated {stated}")
+        elif list(size) != stated and _fit_alone(images, index, stated, size): turned.append(path)
     problems, file, total = [], images.annotation_file, len(images)
     if broken:
         problem = f"{len(broken)} of {total} images do not decode: {_some(broken)}"
@@ -162,7 +163,17 @@ def _compare_sizes(images: CocoImages, sizes: Iterable[tuple[int, int] | str]) -
     if resized:
         problem = f"{len(resized)} of {total} images have another [height, width] than {file} states: {_some(resized)}"
         problems.append(f"{problem}; correct its 'height' and 'width' or put the right images there.")
+    if turned:
+        problem = f"{len(turned)} of {total} images are turned by their header and their boxes are not: {_some(turned)}"
+        problems.append(f"{problem}; take the orientation out of the headers, or annotate the images upright.")
     if problems: raise ValueError(" ".join(problems))
+
+
+def _fit_alone(images: CocoImages, index: int, stated: list[int], size: tuple[int, int]) -> bool:
+    "Tell whether a box of an image fits into the stated height and width, and not into these."
+    x, y, w, h = images.boxes[images.first[index] : images.first[index + 1]].T
+    reach = np.stack([y + h, x + w], axis=1) - 1  # a pixel, for rounding
+    return bool(((reach <= stated).all(axis=1) & (reach > size).any(axis=1)).any())
 
 # %% ../../nbs/26_data.summary.ipynb #d031b818
 def shared_files(

@@ -321,7 +321,7 @@ def results_text(
     ids = Counter(annotation["category_id"] for annotation in results["annotations"])
     counts = {category["name"]: ids[category["id"]] for category in results["categories"]}
     photographs = "1 photograph" if len(results["images"]) == 1 else f"{len(results['images'])} photographs"
-    lines = [] if films and not results["images"] else [count_text(photographs, counts)]
+    lines = [count_text(photographs, counts)] if results["images"] else []
     for film in films:
         dropped = f", {film['dropped']} dropped" if film["dropped"] else ""
         frames = "1 frame" if film["frames"] == 1 else f"{film['frames']} frames"

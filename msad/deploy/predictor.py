@@ -141,7 +141,8 @@ class Prediction(dict):
         return annotated_figure(self.image, self, self["names"] if len(self.config.class_names) > 1 else None)
 
     def save(self, path: str | os.PathLike, min_score: float = SHOWN_SCORE) -> None:
-        "Write the picture with the detections of this score or more as a JPEG file; its folder is made if missing."
+        "Write a JPEG file with the detections of this score or more. Raises a `ValueError` for an ending but .jpg."
+        if not str(path).lower().endswith((".jpg", ".jpeg")): raise ValueError(f"path is {path}: let it end in .jpg")
         picture = to_jpeg(self.above(min_score).figure())
         write_atomically(path, lambda file: file.write(picture))
 

@@ -74,12 +74,20 @@ def worker() -> Iterator[None]:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    "Turn bad input into its one sentence and exit; in a launched process it stays an error to report."
+    """Turn bad input into its one sentence and exit; in a launched process it stays an error to report.
+
+    So are a missing package, a file that cannot be read or written, and a loss that is not finite. Ctrl-C ends with
+    status 130.
+    """
     try:
         yield
-    except (ValueError, FileNotFoundError, ImportError) as error:  # the last of a package that is optional
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if is_launched(): raise
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        if is_launched(): raise
+        print("Stopped. What is saved stays; the same command goes on with it.", file=sys.stderr)
+        sys.exit(130)
 
 # %% ../../nbs/38_engine.launcher.ipynb #c3c31f0f
 def launch_config(orders: dict) -> object:  # a `torch.distributed.launcher.api.LaunchConfig`

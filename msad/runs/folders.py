@@ -88,12 +88,16 @@ def detector_file(
     model: str | Path | None,  # run folder, file, or the name of bundled weights; none: "trees"
 ) -> Path:
     "Find the weights of a detector. Raises `FileNotFoundError` when there are none, `ValueError` if no file can be."
+    if not isinstance(model, str | os.PathLike | None):
+        raise ValueError(f"model is a {type(model).__name__}: give a run folder, a file, or a bundled name")
     root, name = repository(), str(model or "trees")
     if fault := path_fault(name): raise ValueError(f"model is {quoted(name)}: {fault}")
     bundled = {path.stem: path for path in (root / "models").glob("*.pth")} if root else {}
     if name in bundled and not Path(name).expanduser().exists(): return bundled[name]
     path = weights_file(name)
     if path.is_file(): return path
+    if (path.parent / "settings.json").is_file():
+        raise FileNotFoundError(f"model: {path.parent} is not finished: the command that began it goes on")
     there = f"; bundled are {', '.join(sorted(bundled))}" if bundled else ""
     raise FileNotFoundError(f"model: there is no file {path}; give a run folder or a file of weights{there}")
 

@@ -296,16 +296,15 @@ def train(
 def main() -> None:
     """Train from a file: `python -m msad.runs.train SETTINGS`, or the same with `torchrun -m`.
 
-    The exit status is 0 for a finished run, 128 plus its number after a signal (143 for SIGTERM; the next start goes
-    on), and 1 for everything else.
+    The exit status is 0 for a finished run, 128 plus its number after a signal (143 for SIGTERM, 130 for Ctrl-C; the
+    next start goes on), and 1 for everything else.
     """
     parser = argparse.ArgumentParser(prog="msad.runs.train", description="Train a teacher or a student.")
     parser.add_argument("settings", help="JSON file with parameters of the notebooks, or a run folder's train.json")
     path = parser.parse_args().settings
-    with worker():
-        with exit_on_user_error():
-            settings = read_settings_file(path, TrainSettings)
-            plan = prepare(settings)
+    with worker(), exit_on_user_error():
+        settings = read_settings_file(path, TrainSettings)
+        plan = prepare(settings)
         if local_rank() == 0 and LAUNCHER not in os.environ: print(plan, flush=True)  # else the launching one did
         with init_distributed(resolve_device(settings.devices)) if is_launched() else nullcontext(): run(plan)
 
