@@ -248,7 +248,7 @@ def test_stopped_goes_on_and_finished_is_shown(tmp_path):
     assert begun["runs"][0] in rows
     log = [json.loads(line)["iteration"] for line in (student / "log.jsonl").read_text().splitlines()]
     assert log == list(range(1, 31))  # each iteration once: it went on
-    updates = {TEACHER: 40, "balanced": 30, UNDISTILLED: 30, ALONE: 70}
+    updates = {TEACHER: 40, "crosskd": 30, UNDISTILLED: 30, ALONE: 70}
     assert {row["variant"]: row["iterations"] for row in rows} == updates
     assert all((run_folder(settings, row["variant"], row["seed"]) / "detections.json").is_file() for row in rows)
     sentence = re.search(r"^(Ship the|Too close to call: the) .*, 2 seeds, 4 photographs\).*\.$", printed, re.M)
@@ -276,6 +276,6 @@ def test_notebook_takes_the_parameters_of_a_training(tmp_path):
     outputs = [output for cell in json.loads(done.stdout)["cells"] for output in cell.get("outputs", [])]
     text = "".join(str(output.get("text", "")) + str(output.get("data", "")) for output in outputs)
     assert "for other photographs alone, since there is one seed; 4 photographs" in text
-    assert "| student (balanced) |" in text and "image/png" in text
+    assert "| student (crosskd) |" in text and "image/png" in text
     settings = json.loads((tmp_path / "out/results.json").read_text())["settings"]
     assert settings["neck_channels"] == 64 and settings["iterations"] == 2
