@@ -409,6 +409,8 @@ def test_a_run_is_evaluated_on_its_own_data(coco, tmp_path):
         assert {name: getattr(settings, name) for name in run if name != "train_split"} == {
             name: value for name, value in run.items() if name != "train_split"
         }
+    other = EvaluateSettings(model=str(file), val_split="val2017")
+    assert (other.data, other.val_split, other.val_images) == (str(coco), "val2017", None)
     assert EvaluateSettings(model=str(file), data="trees").val_split is None
     named = EvaluateSettings(model=str(file), val_annotations=str(coco / "annotations/instances_val2017.json"))
     assert (named.data, named.val_split) == (str(coco), None)

@@ -360,9 +360,8 @@ def coco_dataset(
 # %% ../../nbs/22_data.layouts.ipynb #804834a7
 def voc_files(root: Path) -> dict[str, Path]:
     "Find the lists of images of a Pascal VOC data set by split; without lists all images are one split."
-    if next((root / "Annotations").glob("*.xml"), None) is None: return {}
-    stems = {path.stem for path in (root / "Annotations").glob("*.xml")}
-    lists = {}
+    stems, lists = {path.stem for path in (root / "Annotations").glob("*.xml")}, {}
+    if not stems: return {}
     for file in sorted((root / "ImageSets" / "Main").glob("*.txt")):
         first = next(iter(listed_stems(file)), "")
         if first in stems or len(first.split()) == 1: lists[file.stem] = file

@@ -28,8 +28,8 @@ from ..evaluation.coco_metrics import evaluate_coco
 from ..evaluation.inference import detect_dataset
 from ..models.detector import Detector, of_width, set_thresholds
 from ..models.postprocess import Thresholds
-from ..runs.evaluate import with_classes_of
-from ..runs.folders import data_folder, detector_file, display_path, read_settings, repository
+from ..runs.evaluate import run_places, with_classes_of
+from ..runs.folders import data_folder, detector_file, display_path, repository
 from ..runs.settings import check_types, data_beside, val_path
 
 # %% ../../nbs/82_deploy.export.ipynb #3df4585b
@@ -116,8 +116,8 @@ def with_places(
 ) -> ExportSettings:
     "Fill in where the photographs are, from the run of the weights. Raises a `ValueError` where int8 has none."
     if settings.data is not None: return settings
-    run = read_settings(source.parent, "model") if (source.parent / "settings.json").is_file() else {}
-    if run.get("train_split") and data_folder(run["data"]).is_dir():
+    run = run_places(str(source))
+    if run and data_folder(run["data"]).is_dir():
         given = {name.split("_")[0] for name in PLACES if getattr(settings, name) is not None}  # a part comes whole
         return replace(settings, **{name: run.get(name) for name in PLACES if name.split("_")[0] not in given})
     root = repository()

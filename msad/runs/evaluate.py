@@ -42,8 +42,13 @@ from msad.runs.folders import (
 from .settings import check_types, data_beside, read_settings_file, settings_dict, val_path
 
 # %% ../../nbs/65_runs.evaluate.ipynb #ed035914
-def run_places(model: str | None) -> dict:
-    "Read where the run of a model found its photographs; nothing where the model is not of a training run."
+def run_places(
+    model: str | None,  # run folder, or a file in it
+) -> dict:  # `data`, and split, annotations and images of both splits, as in `settings.json`
+    """Read where the run of a model found its photographs; nothing where the model is not of a training run.
+
+    Raises a `ValueError` when `settings.json` is damaged.
+    """
     if model is None or path_fault(model): return {}
     path = Path(model).expanduser()
     folder = path if path.is_dir() else path.parent
@@ -78,12 +83,11 @@ class EvaluateSettings:
     def __post_init__(self):
         check_types(self)
         check_tile(self.tile, self.overlap)
-        places = tuple(f"val_{kind}" for kind in ("split", "annotations", "images"))
-        named = any(getattr(self, place) is not None for place in places)
-        run = run_places(self.model) if self.data is None and not named else {}
-        for place in places if run else (): object.__setattr__(self, place, run.get(place))
-        data = self.data or run.get("data", "trees")
-        object.__setattr__(self, "data", data if run else data_beside(data, self.val_annotations))
+        run = {} if self.data or self.val_annotations else run_places(self.model)
+        named = self.val_split or self.val_images  # what a run says of its split is taken whole, or not at all
+        for name in ("val_split", "val_annotations", "val_images") if run and not named else ():
+            object.__setattr__(self, name, run.get(name))
+        object.__setattr__(self, "data", data_beside(self.data or run.get("data", "trees"), self.val_annotations))
 
 # %% ../../nbs/65_runs.evaluate.ipynb #667c0bac
 def load_detector(
