@@ -458,6 +458,12 @@ def test_files_under_two_ids_and_in_both_splits(tmp_path):
     assert "val: classes without a box: Platelets" in text
 
 
+def test_the_same_split_twice_is_told(tmp_path):
+    write_coco(tmp_path / "cells")
+    text = str(prepare(settings_of(tmp_path / "cells", train_split="val", val_split="val")))
+    assert "the same split to learn from and to evaluate on" in text
+
+
 def test_boxes_smaller_than_pixels(tmp_path):
     root = tmp_path / "cells"
     write_coco(root)

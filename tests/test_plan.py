@@ -90,6 +90,15 @@ def test_smaller_batches_ask_for_more_iterations(coco, tmp_path, given, warned):
     assert any(line.startswith(warning) for line in plan_lines(coco, tmp_path / "run", **given)) == warned
 
 
+@pytest.mark.parametrize(("given", "message"), [
+    (dict(milestones=(60, 80), schedule="cosine"), "milestones is given and schedule is cosine, which has none"),
+    (dict(momentum=0.8, optimizer="adamw"), "momentum is given and optimizer is adamw, which has none"),
+])
+def test_what_a_schedule_or_an_optimizer_has_not(coco, tmp_path, given, message):
+    with pytest.raises(ValueError, match=message): plan_lines(coco, tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_of_cocos_size_are_learned_as_published():
     settings = TrainSettings(role="teacher")
     assert [recipe_name(settings, {}, range(count)) for count in (4, 49_999, 50_000)] == ["auto", "auto", "published"]

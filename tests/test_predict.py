@@ -352,9 +352,20 @@ def test_patterns_keep_their_folders(album, place, tmp_path):
 
 def test_a_folder_without_one_good_file(album, place, tmp_path):
     for name in ("a.jpg", "a.png", "b.jpg"): (album / name).unlink()
-    out = predict(settings(album, place, tmp_path / "out"))
+    out = tmp_path / "out"
+    for _ in range(2):
+        with pytest.raises(ValueError, match="images: no file of .* could be"): predict(settings(album, place, out))
     assert json.loads((out / "results.json").read_text())["images"] == []
     assert results_text(out).startswith("skipped, since they cannot be read: 3\n")
+
+
+def test_what_a_folder_has_besides_its_photographs(album, place, tmp_path, capsys):
+    shutil.copy(album / "a.jpg", album / "._a.jpg")
+    (album / "older").mkdir()
+    shutil.copy(album / "a.jpg", album / "older")
+    out = predict(settings(album, place, tmp_path / "out"))
+    assert 'left out, since they are folders: older; give "' in capsys.readouterr().out
+    assert "._a.jpg" not in (out / "results.json").read_text()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'PRECISIONS', 'PLACES', 'TOLERANCES', 'MOST_LOST', 'NAMED', 'export_file', 'ExportSettings', 'check_export',
            'with_places', 'calibration_photographs', 'network_format', 'check_detections', 'compare_ap', 'loss_text',
-           'check_packages', 'exported_path', 'title_of', 'written_text', 'export']
+           'check_packages', 'default_name', 'exported_path', 'title_of', 'written_text', 'export']
 
 # %% ../../nbs/82_deploy.export.ipynb #8a431171
 import math
@@ -63,7 +63,7 @@ class ExportSettings:
     model: str | None = None  # run folder, file (ours or published), or bundled weights by name; none: "trees"
     format: str = "onnx"  # "onnx", "openvino" or "web" (a page for browsers)
     precision: str = "fp32"  # of the network: "fp32", "fp16" (GPUs: half the size) or "int8" (processors: a quarter)
-    out: str | None = None  # file (.onnx, .xml) or folder (web) to write, replaced; none: model.onnx beside the model
+    out: str | None = None  # file (.onnx, .xml) or folder (web) to write, replaced; none: named as the model, beside it
     width: float | None = None  # of a detector of all widths; none: its widest
     score_thresh: float | None = None  # least probability of a class; none: the model's, as the next three
     nms_thresh: float | None = None  # IoU above which the weaker of two boxes of a class is dropped
@@ -210,13 +210,22 @@ def check_packages(settings: ExportSettings) -> None:
     for package in packages: require(package, "the export")
 
 
+def default_name(
+    settings: ExportSettings,
+    source: Path,  # weights
+) -> str:
+    "Name a file or folder so that exports of a model do not replace one another: `model-int8.onnx`, `trees-web`."
+    width = "" if settings.width is None else f"-w{settings.width:g}"
+    precision = "" if settings.precision == "fp32" else f"-{settings.precision}"
+    ending = "-web" if settings.format == "web" else FORMATS[settings.format]
+    return f"{source.stem.removesuffix('_final')}{width}{precision}{ending}"
+
+
 def exported_path(settings: ExportSettings, source: Path) -> Path:
     "Return the file of the network. Raises a `ValueError` for another ending than the format's, or a folder in use."
-    ending = FORMATS[network_format(settings)]
-    name = "model" if settings.width is None else f"model-w{settings.width:g}"
-    web = settings.format == "web"
-    default = source.with_name(f"{name}-web" if web else name + ending)
-    path = Path(settings.out).expanduser().resolve() if settings.out else default
+    ending, web = FORMATS[network_format(settings)], settings.format == "web"
+    out = settings.out or source.with_name(default_name(settings, source))
+    path = Path(out).expanduser().resolve()
     if web:
         check_folder(path)
         return path / "model.onnx"

@@ -99,6 +99,7 @@ def detector_file(
     if (path.parent / "settings.json").is_file():
         raise FileNotFoundError(f"model: {path.parent} is not finished: the command that began it goes on")
     there = f"; bundled are {', '.join(sorted(bundled))}" if bundled else ""
+    if root is None: there = ' (the bundled ones, such as "trees", lie in the repository, which is not here)'
     raise FileNotFoundError(f"model: there is no file {path}; give a run folder or a file of weights{there}")
 
 # %% ../../nbs/60_runs.folders.ipynb #adaed0e4

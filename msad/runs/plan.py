@@ -259,7 +259,10 @@ def check_recipe(
     recipe: Recipe,  # of `resolve_recipe`
     val_images: CocoImages,
 ) -> None:
-    "Raise a `ValueError` that names a parameter without use for the distillation of a student, or for the data."
+    "Raise a `ValueError` that names a parameter without use for the rest of the recipe, or for the data."
+    for name, other, needed in (("milestones", "schedule", "steps"), ("momentum", "optimizer", "sgd")):
+        if not getattr(settings, name) or (now := getattr(recipe, other)) == needed: continue
+        raise ValueError(f"{name} is given and {other} is {now}, which has none: leave it out, or choose {needed}")
     if recipe.patience and not len(val_images.boxes):
         raise ValueError(f"patience is {recipe.patience} and {val_images.split.name} has no box to find: leave it out")
     if not (settings.has_teacher or settings.all_widths): return
@@ -664,7 +667,8 @@ def check_box_sides(
 def find_oddities(images: CocoImages, val_images: CocoImages, config: ModelConfig) -> list[str]:
     "List what is odd about two splits for a model. Raises a `ValueError` when it would spoil the run."
     check_box_sides(images, config)
-    if val_images is images or not (shared := shared_files(images, val_images)): return []
+    if val_images is images: return ["the same split to learn from and to evaluate on, so AP tells what is remembered"]
+    if not (shared := shared_files(images, val_images)): return []
     pair = " and ".join(shared[0])
     learned = "files in both splits, so that the evaluation asks for what was learned"
     return [f"{learned}: {len(shared)}, such as {pair}"]
