@@ -223,6 +223,12 @@ def test_splits_that_have_to_be_named(tmp_path):
     assert [path.split for path in find_splits(tmp_path, "monday", "friday")] == ["monday", "friday"]
 
 
+def test_a_split_to_learn_from_has_to_be_there(tmp_path):
+    write_coco(tmp_path / "cells", splits={"val": SPLITS["val"]})
+    with pytest.raises(ValueError, match="train_split: .* has no split but val"):
+        find_splits(tmp_path / "cells", val="val")
+
+
 def test_a_folder_of_nothing_known(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(FileNotFoundError, match=r"no annotations of a known layout \(there is notes.txt\): put"):
@@ -313,6 +319,36 @@ def test_bad_voc(voc, pair, message):
     with pytest.raises(ValueError, match=f"{file}{message}"): read_split(SplitPath(voc, "train"))
 
 
+def test_bad_encoding_of_voc(voc):
+    file = voc / f"Annotations/{SPLITS['train'][0]}.xml"
+    for encoding in ("gb2312", "nonsense"):
+        file.write_text(f'<?xml version="1.0" encoding="{encoding}"?><annotation/>')
+        with pytest.raises(ValueError, match=f"{file} is not valid XML .*: export it again, in UTF-8"):
+            read_split(SplitPath(voc, "train"))
+
+
+def test_voc_lists_of_files(voc):
+    found = boxes_read(read_split(SplitPath(voc, "train")))
+    list_file = voc / "ImageSets/Main/train.txt"
+    list_file.write_text("\n".join(f"{stem}.jpg" for stem in list_file.read_text().split()))
+    assert boxes_read(read_split(SplitPath(voc, "train"))) == found
+
+
+def test_voc_in_two_folders_has_the_classes_and_the_first_pixel_of_both(voc):
+    folders = {name: voc / name for name in ("train", "val")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        for stem in SPLITS[name]:
+            for file in (voc / f"Annotations/{stem}.xml", voc / f"JPEGImages/{stem}.jpg"): shutil.copy(file, folder)
+    replace_in(next(folders["train"].glob("*.xml")), ("<name>RBC", "<name>Rare"))
+    text = next(folders["val"].glob("*.xml")).read_text()
+    next(folders["val"].glob("*.xml")).write_text(re.sub("<xmin>[0-9]+", "<xmin>0", text, count=1))
+    places = {f"{name}_{kind}": str(folder) for name, folder in folders.items() for kind in ("annotations", "images")}
+    train, val = read_splits(*find_splits(voc, **places))
+    assert CocoImages(train).class_names == CocoImages(val).class_names and "Rare" in CocoImages(val).class_names
+    assert train.notes == val.notes == ("pixels are counted from 0, where objects begin (1)",)
+
+
 def test_voc_list_of_a_file_that_is_not_there(voc):
     (voc / "ImageSets/Main/train.txt").write_text("BloodImage_00001\nBloodImage_99\n")
     with pytest.raises(FileNotFoundError, match="train.txt names BloodImage_99, and .*99.xml does not exist"):
@@ -370,6 +406,24 @@ def test_yolo_photographs_that_lie_on_their_side_or_have_no_labels(yolo):
     assert images.sizes.tolist() == [[640, 480], [480, 640], [480, 640]]
     assert images.boxes[0].tolist() == [120, 240, 240, 160] and images.first[1:3].tolist() == [1, 1]
     assert check_data(yolo, "train").empty == 1
+
+
+def test_yolo_labels_whose_names_differ_in_case_or_unicode_form(yolo):
+    (first, second, _), boxes = SPLITS["train"], boxes_read(read_split(SplitPath(yolo, "train")))
+    images, labels = yolo / "images/train", yolo / "labels/train"
+    (labels / f"{first}.txt").rename(labels / f"{first}.TXT")
+    (images / f"{second}.jpg").rename(images / "Ba\u0308ume.jpg")
+    (labels / f"{second}.txt").rename(labels / "B\u00e4ume.txt")
+    found = boxes_read(read_split(SplitPath(yolo, "train")))
+    assert sorted(map(sorted, found.values())) == sorted(map(sorted, boxes.values()))
+    shutil.copy(images / f"{first}.jpg", images / f"{first.upper()}.jpg")  # whose labels are not those of the other
+    (labels / f"{first}.TXT").rename(labels / f"{first}.txt")
+    assert boxes_read(read_split(SplitPath(yolo, "train"))) == {**found, first.upper(): []}
+
+
+def test_yaml_of_another_program(yolo):
+    (yolo / "a.yml").write_text("plugin: !!python/name:module.function\n")
+    assert [path.split for path in find_splits(yolo)] == ["train", "val"]
 
 
 @pytest.mark.parametrize("line, message", [

@@ -18,6 +18,7 @@ from kill_many import kill_many
 
 from msad.engine.checkpoint import list_checkpoints
 from msad.engine.hooks import read_log
+from msad.engine.launcher import LaunchError
 from msad.engine.weights import load_model, save_model
 from msad.runs.evaluate import EvaluateSettings, evaluate
 from msad.runs.settings import TrainSettings, settings_dict
@@ -225,6 +226,16 @@ def test_killed_worker_is_replaced(place, tmp_path):
     assert_same(tmp_path / "run", train(replace(settings, out=str(tmp_path / "undisturbed"))))
 
 
+def test_a_run_of_minutes_goes_on_in_several_processes(place, tmp_path):
+    settings = settings_of(place, tmp_path / "run", devices=2, iterations=None, minutes=0.4)
+    process = start(settings, tmp_path / "run.json")
+    wait_for_iteration(process, tmp_path / "run", 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143 and not (tmp_path / "run/metrics.json").exists()
+    assert (train(settings) / "metrics.json").is_file()
+
+
 @pytest.mark.parametrize("launcher, devices, everybody, status", [
     ((), "cpu", False, 143),
     ((), 2, True, 143),
@@ -297,7 +308,7 @@ def test_error_of_a_worker_reaches_the_notebook(place, tmp_path, capfd):
     path.write_bytes(path.read_bytes()[:900])
     settings = settings_of(place, tmp_path / "run", data=str(tmp_path / "data"), devices=2, batch_size=2)
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"^process [01]: ValueError: \S+5\.jpg does not decode"):
+    with pytest.raises(LaunchError, match=r"^process [01]: ValueError: \S+5\.jpg does not decode"):
         train(settings)
     assert time.monotonic() - began < 60
     assert "Traceback (most recent call last)" in capfd.readouterr().err

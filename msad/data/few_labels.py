@@ -48,20 +48,23 @@ def write_few_labels(
 ) -> Path:  # the folder
     """Write a data set with few labels, or leave it as it is where it is there.
 
-    Raises a `ValueError` for a share that leaves a side without photographs, and when another data set is there.
+    Raises a `ValueError` for a share that leaves a side without photographs, and when something else is there.
     """
     train, val = with_names_inside(train), with_names_inside(val)
     count = round(share * len(train.paths))
     if not 0 < count < len(train.paths):
         raise ValueError(f"share is {share:g} of {len(train.paths)} photographs: choose one that keeps and hides some")
     labelled, written = subsample(CocoImages(train), count).split, folder / "annotations/instances_train.json"
-    if written.exists():
-        if read_json(written) == json.loads(json.dumps(labelled.dataset)): return folder
-        raise ValueError(f"{folder} holds other photographs or another share of them: give another out")
+    if folder.exists() and any(folder.iterdir()):
+        if written.exists() and read_json(written) == json.loads(json.dumps(labelled.dataset)): return folder
+        raise ValueError(f"{folder} holds something else, or another share of the photographs: give another out")
     kept = {image["id"] for image in labelled.dataset["images"]}
     hidden = [image for image in train.dataset["images"] if image["id"] not in kept]
-    copy_photographs(replace(train, dataset={**train.dataset, "images": hidden}), folder / HIDDEN)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an interrupt
+    copy_photographs(replace(train, dataset={**train.dataset, "images": hidden}), unfinished / HIDDEN)
     for name, split in (("val", val), ("train", labelled)):
-        copy_photographs(split, folder / name)
-        write_json(folder / f"annotations/instances_{name}.json", split.dataset)
+        copy_photographs(split, unfinished / name)
+        write_json(unfinished / f"annotations/instances_{name}.json", split.dataset)
+    unfinished.replace(folder)
     return folder

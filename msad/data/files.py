@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -37,13 +38,14 @@ def write_atomically(
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try: os.fsync(folder)  # so that the new name survives a power cut
-        finally: os.close(folder)
     except BaseException as error:
         if temporary: Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError): raise cannot_write(path, error) from error
         raise
+    with suppress(OSError):  # of a file system that cannot do it; the file is there
+        folder = os.open(path.parent, os.O_RDONLY)
+        try: os.fsync(folder)  # so that the new name survives a power cut
+        finally: os.close(folder)
 
 
 def cannot_write(path: Path, error: OSError) -> OSError:

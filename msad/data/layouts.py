@@ -6,10 +6,11 @@
 __all__ = ['TURNS', 'TRAIN', 'VAL', 'LAYOUTS', 'REST', 'HELD_OUT', 'Split', 'plain_name', 'files_below', 'locate', 'make_split',
            'read_orientation', 'image_size', 'folders_in', 'roboflow_files', 'instances_files', 'cvat_files',
            'json_files', 'holds_coco', 'split_word', 'image_folder', 'read_coco', 'read_yaml', 'yolo_files',
-           'yolo_places', 'yolo_classes', 'read_lines', 'yolo_images', 'label_file', 'read_label_file', 'read_yolo',
-           'coco_dataset', 'voc_files', 'listed_stems', 'VocFile', 'read_voc_file', 'first_pixel', 'coco_box',
-           'read_voc', 'Layout', 'find_layout', 'groups_of_copies', 'part_of', 'without_classes', 'hold_out',
-           'SplitPath', 'read_split', 'read_splits', 'pick', 'only', 'find_splits', 'shares_of', 'read_unlabelled']
+           'yolo_places', 'yolo_classes', 'read_lines', 'yolo_images', 'label_file', 'find_labels', 'files_in',
+           'read_label_file', 'read_yolo', 'coco_dataset', 'voc_files', 'listed_stems', 'VocFile', 'read_voc_file',
+           'first_pixel', 'coco_box', 'read_voc', 'Layout', 'find_layout', 'groups_of_copies', 'part_of',
+           'without_classes', 'hold_out', 'SplitPath', 'read_split', 'read_splits', 'pick', 'only', 'find_splits',
+           'shares_of', 'read_unlabelled']
 
 # %% ../../nbs/22_data.layouts.ipynb #c9ce49b0
 import os
@@ -17,7 +18,7 @@ import re
 import unicodedata
 import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -228,7 +229,10 @@ def read_yaml(file: Path) -> object:
 def yolo_files(root: Path) -> dict[str, Path]:
     "Find the splits of a YOLO data set; each is described by the same file."
     for file in sorted(root.glob("*.y*ml")):
-        content = read_yaml(file)
+        try: content = read_yaml(file)
+        except ValueError:
+            if file.stem in ("data", "dataset"): raise
+            continue  # another program's
         if not isinstance(content, dict) or "names" not in content: continue
         # Exports name a test split even where there is none.
         return {
@@ -291,6 +295,28 @@ def label_file(image: Path) -> Path:
     return beside if beside.is_file() and not parallel.is_file() else parallel
 
 # %% ../../nbs/22_data.layouts.ipynb #8eaece8d
+def find_labels(
+    images: Iterable[Path],
+) -> dict[Path, Path]:  # image to label file; it is not there where an image has no objects
+    "Find the label files of images, also those whose name differs in case or Unicode form alone."
+    exact = {image: label_file(image) for image in images}
+    taken, listed, found = set(exact.values()), {}, {}
+    for image, file in exact.items():
+        if file.is_file(): found[image] = file
+        else:
+            if file.parent not in listed: listed[file.parent] = files_in(file.parent)
+            others = [other for other in listed[file.parent].get(plain_name(file.name), ()) if other not in taken]
+            found[image] = others[0] if len(others) == 1 else file
+    return found
+
+
+def files_in(folder: Path) -> dict[str, list[Path]]:
+    "List the files of a folder by their plain names; nothing where there is no folder."
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else (): found.setdefault(plain_name(path.name), []).append(path)
+    return found
+
+# %% ../../nbs/22_data.layouts.ipynb #52b8fe37
 # Writers round, so a number may be a thousandth too large.
 _ROUNDED = 1e-3
 
@@ -335,14 +361,15 @@ def read_yolo(
     content = read_yaml(file)
     classes, paths = yolo_classes(file, content), yolo_images(yolo_places(file, content, name))
     if not paths: raise FileNotFoundError(f"{file}: '{name}' has no images: put them there, or correct the path.")
-    if not any(label_file(path).is_file() for path in paths):
+    labels = find_labels(paths)
+    if not any(file.is_file() for file in labels.values()):
         raise FileNotFoundError(f"{file}: no image of '{name}' has labels, such as {label_file(paths[0])}: add them.")
     with ThreadPoolExecutor() as pool: sizes = list(pool.map(image_size, paths))
     entries, annotations = [], []
     for number, (path, size) in enumerate(zip(paths, sizes, strict=True), 1):
         place = path.relative_to(root) if path.is_relative_to(root) else path.resolve()
         entries.append({"id": number, "file_name": str(place), "height": size[0], "width": size[1]})
-        for label, box in read_label_file(label_file(path), classes, size): annotations.append((number, label, box))
+        for label, box in read_label_file(labels[path], classes, size): annotations.append((number, label, box))
     return make_split(name, coco_dataset(entries, annotations, classes), root, file, "YOLO")
 
 
@@ -363,14 +390,23 @@ def voc_files(root: Path) -> dict[str, Path]:
     stems, lists = {path.stem for path in (root / "Annotations").glob("*.xml")}, {}
     if not stems: return {}
     for file in sorted((root / "ImageSets" / "Main").glob("*.txt")):
-        first = next(iter(listed_stems(file)), "")
+        first = next(iter(listed_stems(file, stems)), "")
         if first in stems or len(first.split()) == 1: lists[file.stem] = file
     return lists or {"all": root / "Annotations"}
 
 
-def listed_stems(file: Path) -> list[str]:
-    "Read a list of images, one in a line; their names may have spaces."
-    return [line.strip() for line in read_lines(file) if line.strip()]
+def listed_stems(
+    file: Path,  # list of images
+    known: Container[str],  # stems of the XML files
+) -> list[str]:
+    "Read a list of images, one in a line, with or without their ending; their names may have spaces."
+    lines = [line.strip() for line in read_lines(file) if line.strip()]
+    endings = Image.registered_extensions()
+    bare = [os.path.splitext(line) for line in lines]
+    return [
+        stem if line not in known and stem in known and ending.lower() in endings else line
+        for line, (stem, ending) in zip(lines, bare, strict=True)
+    ]
 
 # %% ../../nbs/22_data.layouts.ipynb #cab82b5a
 @dataclass(frozen=True)
@@ -386,8 +422,8 @@ class VocFile:
 def read_voc_file(path: Path) -> VocFile:
     "Read an XML file of Pascal VOC. Raises ValueError with file and object."
     try: root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        raise ValueError(f"{path} is not valid XML ({error}): export it again.") from None
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: of an encoding
+        raise ValueError(f"{path} is not valid XML ({error}): export it again, in UTF-8.") from None
     objects = []
     for number, entry in enumerate(root.iter("object"), 1):
         name, sides = (entry.findtext("name") or "").strip(), ("xmin", "ymin", "xmax", "ymax")
@@ -398,7 +434,7 @@ def read_voc_file(path: Path) -> VocFile:
             raise ValueError(f"{problem}: write {', '.join(sides)}.") from None
         objects.append((name, corners, (entry.findtext("difficult") or "").strip() == "1"))
     try: size = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
-    except ValueError: size = (0, 0)
+    except (ValueError, OverflowError): size = (0, 0)
     return VocFile(path, root.findtext("filename"), size, objects)
 
 # %% ../../nbs/22_data.layouts.ipynb #92820649
@@ -425,22 +461,29 @@ def read_voc(
     name: str,  # of the split
     file: Path,  # list of images; or the folder of XML files, for all of them
     images: Path | None = None,  # folder of images; none: JPEGImages
+    beside: Path | None = None,  # folder of the XML files of the other split, if that is not the same
 ) -> Split:
-    "Read a split of a Pascal VOC data set. Raises FileNotFoundError or ValueError with file, object and cure."
+    """Read a split of a Pascal VOC data set. Raises FileNotFoundError or ValueError with file, object and cure.
+
+    The classes are those of all XML files, since they are listed nowhere; so is the number of the first pixel.
+    """
     annotations = file if file.is_dir() else root / "Annotations"
     folders = [images] if images else [root / "JPEGImages", root / "images", annotations]
     folder = next((place for place in folders if place.is_dir()), folders[0])
     if not folder.is_dir(): raise FileNotFoundError(f"The image folder {folder} does not exist: put it there.")
-    with ThreadPoolExecutor() as pool: files = list(pool.map(read_voc_file, sorted(annotations.glob("*.xml"))))
+    places = [annotations, *([beside] if beside and beside != annotations else [])]
+    with ThreadPoolExecutor() as pool:
+        files, *others = [list(pool.map(read_voc_file, sorted(place.glob("*.xml")))) for place in places]
     if not files:
         cure = "put Pascal VOC's annotations there, or name others (train_annotations, val_annotations)"
         raise FileNotFoundError(f"{annotations} has no XML files: {cure}.")
-    first, note = first_pixel(files)
+    every = [*files, *others[0]] if others else files
+    first, note = first_pixel(every)
     numbers = {found.path.stem: number for number, found in enumerate(files, 1)}
-    wanted = dict.fromkeys(numbers if file.is_dir() else listed_stems(file))
+    wanted = dict.fromkeys(numbers if file.is_dir() else listed_stems(file, numbers))
     if lost := next((stem for stem in wanted if stem not in numbers), None):
         raise FileNotFoundError(f"{file} names {lost}, and {annotations / lost}.xml does not exist: put it there.")
-    names = sorted({name for found in files for name, *_ in found.objects})
+    names = sorted({name for found in every for name, *_ in found.objects})
     if not names: raise ValueError(f"{annotations} has no object in any file: annotate some.")
     labels, endings = {name: i for i, name in enumerate(names, 1)}, Image.registered_extensions()
     there = {Path(path).stem: path for path in os.listdir(folder) if Path(path).suffix.lower() in endings}
@@ -567,6 +610,7 @@ class SplitPath:
 
 def read_split(
     path: SplitPath,
+    other: SplitPath | None = None,  # that has the same classes
 ) -> Split:
     "Read a split in whatever layout it is. Raises FileNotFoundError or ValueError with file, field and cure."
     base = path.split.removesuffix(REST).removesuffix(HELD_OUT)
@@ -579,7 +623,9 @@ def read_split(
             names = "train_annotations, val_annotations"
             raise FileNotFoundError(f"The annotations {source} do not exist: check the path ({names}).")
         root = source.parents[1] if source.parent.name == "annotations" else source.parent
-        split = (read_voc if source.is_dir() else read_coco)(root, base, source, images)
+        beside = Path(other.annotations).expanduser() if other and other.annotations else None
+        if source.is_dir(): split = read_voc(root, base, source, images, beside)
+        else: split = read_coco(root, base, source, images)
     else:
         layout = find_layout(path.root)
         if base not in layout.sources:
@@ -598,8 +644,8 @@ def read_splits(
     whole = replace(train, split=train.split.removesuffix(REST))
     shares = train.split.endswith(REST) and val.split.endswith(HELD_OUT)
     if shares and replace(val, split=val.split.removesuffix(HELD_OUT)) == whole: return hold_out(read_split(whole))
-    split = read_split(train)
-    return split, split if val == train else read_split(val)
+    split = read_split(train, val)
+    return split, split if val == train else read_split(val, train)
 
 # %% ../../nbs/22_data.layouts.ipynb #56b1bf7b
 def pick(names: Iterable[str], known: tuple[str, ...]) -> list[str]:
@@ -633,7 +679,9 @@ def find_splits(
     train = train or (train_annotations and Path(train_annotations).stem)
     val = val or (val_annotations and Path(val_annotations).stem)
     names = [] if train and (val or train_annotations) else [name for name in find_layout(root).sources if name != val]
-    if train is None: train = only(pick(names, TRAIN) or names, root, "train_split", "to learn from")
+    if train is None:
+        if not names: raise ValueError(f"train_split: {root} has no split but {val}: give a folder with two.")
+        train = only(pick(names, TRAIN) or names, root, "train_split", "to learn from")
     others = [name for name in names if name != train]
     if val is None and others and not train_annotations:
         val = only(pick(others, VAL) or others, root, "val_split", "to evaluate on")

@@ -8,10 +8,11 @@ __all__ = ['DataSummary', 'summarise', 'oddities', 'content', 'check_decoding', 
 
 # %% ../../nbs/26_data.summary.ipynb #db830b38
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -139,11 +140,14 @@ def check_decoding(
         _compare_sizes(images, found)
 
 # %% ../../nbs/26_data.summary.ipynb #045624c5
-def check_headers(images: CocoImages) -> None:
+def check_headers(
+    images: CocoImages,
+    read_size: Callable[[str], tuple[int, int] | None] = image_size,  # none: it cannot, and `image_size` tells why
+) -> None:
     "Read the header of every image. Raises a ValueError as `check_decoding` does; damage behind it is not seen."
 
     def size_of(path: str) -> tuple[int, int] | str:
-        try: return image_size(path)
+        try: return read_size(path) or image_size(path)
         except ValueError as error: return str(error.__cause__)
 
     with ThreadPoolExecutor() as pool: _compare_sizes(images, pool.map(size_of, images.paths))
@@ -215,6 +219,7 @@ def check_images(
     decode: bool = True,  # also decode every image
     workers: int = 4,  # threads that decode
     headers: bool = True,  # read the images' headers, where they are not decoded
+    read_size: Callable[[str], tuple[int, int] | None] = image_size,  # of a header
 ) -> DataSummary:
     """Check a data set and summarise it.
 
@@ -223,7 +228,7 @@ def check_images(
     """
     missing = [path for path in images.paths if not os.path.isfile(path)]
     if missing:
-        there = _some(sorted(sum(files_below(images.folder).values(), []))) or "nothing"
+        there = _some(sorted(itertools.chain.from_iterable(files_below(images.folder).values()))) or "nothing"
         raise FileNotFoundError(
             f"{len(missing)} of {len(images)} images do not exist ({_some(missing)}): put them there or remove them "
             f"from {images.annotation_file}; in {images.folder} there is {there}."
@@ -233,7 +238,7 @@ def check_images(
     if training and not summary.boxes:
         raise ValueError(f"{images.annotation_file} has no usable box that is no crowd: training needs at least one.")
     if decode: check_decoding(images, workers)
-    elif headers: check_headers(images)
+    elif headers: check_headers(images, read_size)
     return summary
 
 

@@ -7,7 +7,9 @@ __all__ = ['TRAINING_FORMAT', 'save_checkpoint', 'list_checkpoints', 'read_check
            'load_checkpoint']
 
 # %% ../../nbs/35_engine.checkpoint.ipynb #1bb7198c
+import errno
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -47,7 +49,8 @@ def list_checkpoints(
     folder: Path,  # run folder
 ) -> list[Path]:
     "List the checkpoints of a run, newest first."
-    return sorted((folder / "checkpoints").glob("[0-9]*.pth"), reverse=True)
+    found = [path for path in (folder / "checkpoints").glob("*.pth") if path.stem.isdecimal()]
+    return sorted(found, reverse=True)
 
 # %% ../../nbs/35_engine.checkpoint.ipynb #91887806
 def read_checkpoint(
@@ -56,10 +59,12 @@ def read_checkpoint(
     "Read a checkpoint; none when it is damaged. Raises a `ValueError` when it is sound and of another kind."
     try:
         with zipfile.ZipFile(path) as file: sound = file.testzip() is None
-    except (ValueError, zipfile.BadZipFile):
-        sound = False
-    if not sound: return None
-    contents = read_file(path, "out")
+        contents = read_file(path, "out") if sound else None
+    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError): return None
+    except OSError as error:
+        if error.errno != errno.EINVAL: raise  # which a damaged place in the file gives, the others are of the machine
+        return None
+    if contents is None: return None
     if contents.get("format") != TRAINING_FORMAT:
         raise ValueError(
             f"out: {path} has the format {contents.get('format')!r}; this version goes on from {TRAINING_FORMAT!r}, "

@@ -84,10 +84,13 @@ def read_log(
     folder: str | Path,  # run folder
     name: str = "log.jsonl",  # or "evaluations.jsonl"
 ) -> list[dict]:  # a row for each iteration: `iteration` (from 1), each loss, `loss` (their sum), `lr`, `seconds`
-    "Read the log of a run, finished or not; a last line that was cut off is left out."
-    path = Path(folder) / name
+    "Read the log of a run, finished or not; a last line that was cut off is left out. Raises ValueError with the line."
+    path, rows = Path(folder) / name, []
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    for number, line in enumerate((line for line in lines if line.endswith("\n")), 1):
+        try: rows.append(json.loads(line))
+        except ValueError: raise ValueError(f"{path}: line {number} is damaged: take it out") from None
+    return rows
 
 
 def write_log(folder: Path, name: str, rows: list[dict]) -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -228,7 +229,7 @@ def find_recipe(
     if name == "small": return SMALL[role]
     if not name.endswith(".json"):
         raise ValueError(f"recipe is {name!r}: choose auto, published, small, or the path of a JSON file")
-    values, known = read_json(name), [field.name for field in fields(Recipe)]
+    values, known = read_json(Path(name).expanduser()), [field.name for field in fields(Recipe)]
     if not isinstance(values, dict): raise ValueError(f"recipe: {name} holds no JSON object: write fields and values")
     for field in values:
         if field not in known: raise ValueError(f"recipe: {name}: {unknown_name(field, known)}")

@@ -341,7 +341,7 @@ def plan_comparison(
     teacher = prepare(train_settings(settings, TEACHER, 0, begun))
     found = teacher.content | unlabelled_content(settings)
     check_data(settings.file, found)
-    if not len(teacher.val_images.boxes):
+    if not teacher.summaries[-1].boxes:
         raise ValueError(f"val_split: {teacher.val_images.split.name} has no box, so nothing tells detectors apart")
     alone = prepare(train_settings(settings, ALONE, 0, begun))
     student = student_recipe(settings, settings.distillation, alone).distillation

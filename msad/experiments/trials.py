@@ -11,6 +11,7 @@ __all__ = ['BASE', 'RECIPES', 'SHAPES', 'EVERY_WIDTH', 'WIDTHS', 'GRIDS', 'TRIAL
 
 # %% ../../nbs/91_experiments.trials.ipynb #cbd7bdf4
 import itertools
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -326,7 +327,10 @@ def torchvision_metrics(model: nn.Module, images: CocoImages, size: tuple[int, i
         detections.append({**found, "boxes": found["boxes"] * scale, "labels": found["labels"] - 1})
     evaluation = run_coco_eval(images.coco, to_coco(detections, images.image_ids, images.category_ids))
     metrics = {name: summary_metrics(evaluation)[name] for name in ("AP", "AP50")}
-    return {**metrics, "classes": per_class_ap(evaluation), "classes_AP50": per_class_ap(evaluation, 0.5)}
+    return metrics | {
+        title: {name: None if math.isnan(ap) else ap for name, ap in per_class_ap(evaluation, *iou).items()}
+        for title, iou in (("classes", ()), ("classes_AP50", (0.5,)))
+    }
 
 # %% ../../nbs/91_experiments.trials.ipynb #0a7fc2a9
 def do_torchvision(settings: TrialsSettings) -> None:
@@ -334,10 +338,11 @@ def do_torchvision(settings: TrialsSettings) -> None:
     if not settings.minutes or any(row["name"] == "torchvision" for row in trial_rows(settings)): return
     splits = (settings.whole_split, settings.test_split)
     images, test_images = (CocoImages(read_split(SplitPath(data_folder(settings.data), name))) for name in splits)
-    model, iterations = train_torchvision(images, settings.minutes[0])
-    metrics = torchvision_metrics(model, test_images)
-    row = {"name": "torchvision", "seed": 0, "student": {**metrics, "iterations": iterations}}
-    add_row(settings, {**row, "learning_minutes": settings.minutes[0], "processor": processor()})
+    with lock_run_folder(trial_folder(settings, "torchvision", 0)):
+        model, iterations = train_torchvision(images, settings.minutes[0])
+        metrics = torchvision_metrics(model, test_images)
+        row = {"name": "torchvision", "seed": 0, "student": {**metrics, "iterations": iterations}}
+        add_row(settings, {**row, "learning_minutes": settings.minutes[0], "processor": processor()})
 
 
 def run_trials(

@@ -17,8 +17,9 @@ import torch
 
 from ..data.files import read_json, write_json
 from ..data.images import CocoImages
-from ..data.layouts import read_split, without_classes
+from ..data.layouts import image_size, read_split, without_classes
 from ..data.summary import check_images, content, unused_classes
+from ..data.windows import picture_size
 from ..engine.distributed import all_gather, init_distributed, is_launched, num_processes, rank, resolve_device
 from ..engine.exported import choose_thresholds, open_detector, runs_on
 from ..engine.launcher import exit_on_user_error, launch, worker
@@ -51,6 +52,7 @@ def run_places(
     """
     if model is None or path_fault(model): return {}
     path = Path(model).expanduser()
+    if not path.exists(): return {}
     folder = path if path.is_dir() else path.parent
     run = read_settings(folder, "model") if (folder / "settings.json").is_file() else {}
     return run if run.get("train_split") else {}
@@ -189,7 +191,8 @@ def evaluate(
     Raises `FileNotFoundError` or `ValueError`, each a sentence that names the parameter or file and the cure.
     """
     images = CocoImages(read_split(val_path(settings)))
-    summary = check_images(images, decode=False, headers=not is_launched())
+    read_size = picture_size if settings.tile else image_size
+    summary = check_images(images, decode=False, headers=not is_launched(), read_size=read_size)
     path, model, images = load_detector(settings, images)
     config, description = model.config, describe_evaluation(settings, path, model, images)
     default = default_folder(settings.data, f"evaluate-{config.role}", config.width, config.backbone)

@@ -26,7 +26,7 @@ from ..data.files import data_defaults, read_json
 from ..data.images import CocoImages, resized_size
 from ..data.layouts import SplitPath, read_splits, read_unlabelled, without_classes
 from ..data.loaders import Unlabelled, training_indices
-from ..data.summary import check_images, content, shared_files, unused_classes
+from ..data.summary import DataSummary, check_images, content, shared_files, unused_classes
 from ..data.transforms import TrainTransform
 
 # %% ../../nbs/63_runs.plan.ipynb #63b00001
@@ -257,14 +257,14 @@ def check_recipe(
     settings: TrainSettings,
     defaults: dict,  # of the data
     recipe: Recipe,  # of `resolve_recipe`
-    val_images: CocoImages,
+    summary: DataSummary,  # of the photographs to evaluate on
 ) -> None:
     "Raise a `ValueError` that names a parameter without use for the rest of the recipe, or for the data."
     for name, other, needed in (("milestones", "schedule", "steps"), ("momentum", "optimizer", "sgd")):
         if not getattr(settings, name) or (now := getattr(recipe, other)) == needed: continue
         raise ValueError(f"{name} is given and {other} is {now}, which has none: leave it out, or choose {needed}")
-    if recipe.patience and not len(val_images.boxes):
-        raise ValueError(f"patience is {recipe.patience} and {val_images.split.name} has no box to find: leave it out")
+    if recipe.patience and not summary.boxes:
+        raise ValueError(f"patience is {recipe.patience} and {summary.name} has no box to find: leave it out")
     if not (settings.has_teacher or settings.all_widths): return
     given = {name: value for name in DISTILLATION if (value := getattr(settings, name)) is not None}
     given["unlabelled"] = settings.unlabelled
@@ -739,7 +739,7 @@ def prepare(
     settings = replace(settings, devices=even_devices(settings, settings.batch_size or base.batch_size))
     processes = count_processes(settings)
     why = {name: choice.reason for name, choice in chosen.items()} | given_reasons(settings, defaults, why)
-    check_recipe(settings, defaults, recipe := resolve_recipe(settings, base, images, processes), val_images)
+    check_recipe(settings, defaults, recipe := resolve_recipe(settings, base, images, processes), summaries[-1])
     plan = Plan(
         settings, config, recipe, images, val_images, summaries, data_content, oddities, "new", weights, teacher,
         teacher_plan, processes, base, why, from_nothing, read_photographs(settings, recipe.batch_size),

@@ -264,6 +264,8 @@ def check_train_settings(settings: TrainSettings) -> None:
     check_distillation(settings)
     if settings.node_rank >= settings.nnodes:
         raise ValueError(f"node_rank is {settings.node_rank} of {settings.nnodes} nnodes: number the machines from 0")
+    if settings.nnodes > 1 and settings.minutes:
+        raise ValueError("minutes and nnodes are given: machines do not measure alike, so give iterations or epochs")
     if settings.nnodes > 1 and settings.rdzv_endpoint is None:
         raise ValueError("rdzv_endpoint is missing: write HOST:PORT of machine 0, for all machines to meet")
 
@@ -356,7 +358,9 @@ def settings_dict(
 ) -> dict:
     "Convert settings for a file: paths become absolute, so that it can be used from anywhere."
     values = asdict(settings)
-    for name in {"weights", "teacher", "unlabelled", "model", "out", *EXPLICIT}.intersection(values):
+    paths = {"weights", "teacher", "unlabelled", "model", "out", *EXPLICIT}
+    if str(values.get("recipe")).endswith(".json"): paths.add("recipe")
+    for name in paths.intersection(values):
         if values[name] in (None, "pretrained", WITHOUT): continue
         values[name] = str(Path(values[name]).expanduser().resolve())
     return {**values, "data": data_name(values["data"])}

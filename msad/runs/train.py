@@ -172,7 +172,7 @@ def make_trainer(plan: Plan) -> Trainer:
     print_estimate(plan, model, images, transform)
     return Trainer(
         model, images, transform, recipe, settings.folder,
-        hooks=[ProgressBar(), *([LogFile(), TensorBoard(), BestModel(), Pictures()] if rank() == 0 else [])],
+        hooks=[ProgressBar(), *([BestModel(), LogFile(), TensorBoard(), Pictures()] if rank() == 0 else [])],
         evaluate=Validation(plan, val_images),
         eval_every=eval_every, checkpoint_every=checkpoint_every,
         workers=settings.workers, accumulate=settings.accumulate,
@@ -238,7 +238,9 @@ def train_here(plan: Plan) -> None:
     "Do this process's part of a training; a finished run stays as it is."
     settings, folder = plan.settings, plan.settings.folder
     with lock_run_folder(folder) if rank() == 0 else nullcontext():
-        if all_gather(plan_state(plan) if rank() == 0 else None)[0] == "finished": return
+        state = all_gather(plan_state(plan) if rank() == 0 else None)[0]
+        if state == "finished": return
+        plan = replace(plan, state=state)
         if rank() == 0:
             write_json(folder / "settings.json", plan.description)
             chosen = {"iterations": None} if settings.minutes else {}  # what was given is the minutes
@@ -260,7 +262,7 @@ def run(
 ) -> Path:  # the run folder
     """Carry out a plan: train (a missing teacher first), evaluate, write the run folder. A finished run stays.
 
-    Raises a `RuntimeError` with the reason when one of several processes fails.
+    Raises a `LaunchError` with the reason when one of several processes fails.
     """
     settings, folder = plan.settings, plan.settings.folder
     if plan.state == "finished" and not is_launched(): return folder  # of several processes only the first has looked
