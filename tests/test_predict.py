@@ -1,6 +1,7 @@
 "Pictures of every kind through detectors of every kind, as files and from memory, readable and damaged."
 
 import json
+import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from torchvision import tv_tensors
 from msad.data.annotations import read_annotations
 from msad.data.images import read_image
 from msad.data.transforms import EvalTransform
+from msad.data.windows import has_place, has_rasterio
 from msad.deploy.export import ExportSettings
 from msad.deploy.predict import PredictSettings, image_files, predict, results_text
 from msad.deploy.predictor import BATCH_SIZE, Prediction, Predictor
@@ -348,6 +350,37 @@ def test_patterns_keep_their_folders(album, place, tmp_path):
     assert image_files(odd) == ([odd], tmp_path)
     for nothing in (tmp_path / "nowhere", tmp_path / "*.tif", tmp_path / "tree"):
         with pytest.raises(FileNotFoundError, match="images: there is no image at"): image_files(nothing)
+
+
+def test_long_names_and_names_that_are_not_unicode(album, place, tmp_path):
+    names = [b"b" * 240 + b".jpg", "木".encode() * 80 + b".jpg", b"G\xe4rten.jpg", b"G\xf6rten.jpg"]
+    for name in names: shutil.copy(album / "a.jpg", os.path.join(os.fsencode(album), name))
+    out = predict(settings(album, place, tmp_path / "out"))
+    found = [image["file_name"] for image in json.loads((out / "results.json").read_text())["images"]]
+    assert len(found) == len(set(found)) == 7 and "b" * 240 + ".jpg" in found
+    assert len(list((out / "pictures").iterdir())) == 7
+
+
+@pytest.mark.skipif(not has_rasterio(), reason="needs the extra geo")
+def test_places_of_a_building_site_and_of_a_picture_that_is_to_be_turned(place, tmp_path):
+    import rasterio
+
+    pixels = np.asarray(Image.open(ROOT / "data/trees/val2017/000000001001.jpg").convert("RGB")).transpose(2, 0, 1)
+    _, height, width = pixels.shape
+    options = dict(driver="GTiff", height=height, width=width, count=3, dtype="uint8")
+    options["transform"] = rasterio.transform.from_origin(0, 100, 0.1, 0.1)
+    (tmp_path / "geo").mkdir()
+    for name, system in {"site": 'LOCAL_CS["unnamed",UNIT["metre",1]]', "earth": "EPSG:32617"}.items():
+        options["crs"] = rasterio.crs.CRS.from_user_input(system)
+        with rasterio.open(tmp_path / f"geo/{name}.tif", "w", **options) as file: file.write(pixels)
+    turned = tmp_path / "geo/turned.tif"
+    shutil.copy(tmp_path / "geo/earth.tif", turned)
+    assert has_place(turned)
+    with Image.open(turned) as picture: picture.save(turned, tiffinfo={**picture.tag_v2, 274: 6})
+    assert not has_place(turned)
+    out = predict(settings(tmp_path / "geo", place, tmp_path / "out", min_score=0, tile=0))
+    assert [path.name for path in (out / "geojson").iterdir()] == ["earth.tif.geojson"]
+    assert len(json.loads((out / "results.json").read_text())["images"]) == 3
 
 
 def test_a_folder_without_one_good_file(album, place, tmp_path):

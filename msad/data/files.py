@@ -31,7 +31,8 @@ def write_atomically(
     path, temporary = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        start = path.name.encode()[:100].decode(errors="ignore")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{start}.", suffix=".partial")
         with os.fdopen(descriptor, "wb") as file:
             write(file)
             file.flush()
@@ -52,6 +53,7 @@ def cannot_write(path: Path, error: OSError) -> OSError:
     "Make the error to raise when the disk refuses a file."
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     cure = "make room" if full else "make sure that the folder can be written"
+    if error.errno == errno.ENAMETOOLONG: cure = "choose a shorter name"
     reason = f"cannot write {path} ({error.strerror or error}); {cure}, what was there is untouched"
     return OSError(error.errno, reason)
 

@@ -208,15 +208,16 @@ def open_windows(
 
 # %% ../../nbs/28_data.windows.ipynb #e614433c
 def has_place(path: str | os.PathLike) -> bool:
-    "Tell whether a file is a GeoTIFF."
-    try: return GEO_KEYS in (tiff_header(path) or {})
+    "Tell whether a file is a GeoTIFF, and upright."
+    try: header = tiff_header(path) or {}
     except Exception: return False  # decoding the picture reports what is wrong
+    return GEO_KEYS in header and header.get(ORIENTATION, 1) == 1
 
 
 def lonlat(
     path: str | os.PathLike,  # a GeoTIFF
     points: np.ndarray,  # N×2, x and y in pixels
-) -> np.ndarray | None:  # N×2, longitude and latitude in degrees, WGS 84; none if the file does not tell
+) -> np.ndarray | None:  # N×2, longitude and latitude in degrees, WGS 84; none if the file does not tell them
     "Convert pixels to places on the earth, with rasterio."
     import rasterio
     from rasterio.warp import transform
@@ -226,5 +227,7 @@ def lonlat(
         with rasterio.open(path) as file: system, to_map = file.crs, file.transform
     if system is None or to_map.is_identity: return None
     (columns, rows), (a, b, left, d, e, top) = points.T, to_map[:6]
-    places = transform(system, "EPSG:4326", a * columns + b * rows + left, d * columns + e * rows + top)
-    return np.stack(places, axis=1)
+    try: places = transform(system, "EPSG:4326", a * columns + b * rows + left, d * columns + e * rows + top)
+    except Exception: return None  # GDAL's, of many kinds: the system is not the earth's, but a building site's, say
+    found = np.stack(places, axis=1)
+    return found if np.isfinite(found).all() else None

@@ -585,12 +585,20 @@ def detect_film(
     config: ModelConfig,  # of the detector
     min_score: float = 0.0,  # detections below are left out
 ) -> dict:  # see `describe_film`
-    "Detect in every frame of a film, or in those of a camera that the network has time for. Raises an `OSError`."
+    """Detect in every frame of a film, or in those of a camera that the network has time for.
+
+    Raises an `OSError`, or a `ValueError` for a film that the encoder does not take.
+    """
+    import av
+
     try:
         with StopRequest() as stop, FilmWriter(place, film, config, min_score) as writer:
             run_film(detect, film, writer, stop)
         if not stop.received or film.live: finish_files(place)
     except OSError as error: raise cannot_write(film_files(place)[0], error) from error
+    except av.FFmpegError as error:
+        what = f"{film.name} of {film.size[1]}×{film.size[0]} pixels"
+        raise ValueError(f"{what} cannot be written ({error.strerror}): make it smaller") from error
     if stop.received and not film.live:
         print(f"stopped after {writer.count} frames, which are in {display_path(film_files(place, '.unfinished')[0])}")
         stop.leave(stop.received)

@@ -183,7 +183,9 @@ def detect_photographs(
 def checked_device(device: str | torch.device) -> torch.device:
     "Return a device of this machine. Raises a `ValueError` when it has none of that name."
     try: found = torch.device(device)
-    except RuntimeError: raise ValueError(f'device is {device!r}: choose "cpu" or "cuda"') from None
+    except (RuntimeError, TypeError): found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f'device is {device!r}: choose "cpu" or "cuda"')
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f'device is {device!r} and this machine has {torch.cuda.device_count()} GPUs: choose "cpu"')
     return found
@@ -209,6 +211,7 @@ def set_pad(
     pad: int,  # sides of the padded high view are multiples of this
 ) -> None:
     "Change the padding of a detector. Raises a `ValueError` for an exported one that has another inside."
+    check_value("pad", pad, int)
     if not isinstance(model, ExportedDetector): model.transform = InputTransform(model.config.normalization, pad)
     elif pad != model.config.pad:
         raise ValueError(f"pad is {pad!r:.60} and {model.path} has {model.config.pad} inside: leave it out")

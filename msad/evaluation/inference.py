@@ -118,7 +118,10 @@ def detect_dataset_tiled(
                     bar.update()
             found = merge_tiles(tiles, grids[index])
         else:
-            found, = detect_in([read_image(path)])
+            photograph = read_image(path)
+            if [photograph.height, photograph.width] != images.sizes[index].tolist():
+                raise ValueError(other_size(images, index))
+            found, = detect_in([photograph])
             bar.update()
         seconds.append(time.perf_counter() - start)
         results[index] = to_coco([found], [images.image_ids[index]], images.category_ids)

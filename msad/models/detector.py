@@ -421,8 +421,8 @@ def cut_detector(
     plain.backbone.load_state_dict(cut(model.backbone, width).state_dict())
     plain.neck.load_state_dict(neck.state_dict())
     plain.head.load_state_dict(model.head.state_dict())
-    plain.transform, plain.head.thresholds = model.transform, model.head.thresholds
-    return plain.train(model.training)
+    plain.transform, plain.head.thresholds = copy.deepcopy(model.transform), model.head.thresholds
+    return plain.to(model.transform.mean.device).train(model.training)
 
 
 def of_width(

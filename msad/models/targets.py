@@ -84,7 +84,7 @@ def pad_boxes(
 ) -> tuple[Tensor, Tensor]:  # boxes (N×M'×4), labels (N×M')
     "Stack the boxes of a batch, with empty ones of label −1 behind them: at least one, for images without boxes."
     boxes = [F.pad(target["boxes"].as_subclass(Tensor).float(), (0, 0, 0, 1)) for target in targets]
-    labels = [F.pad(target["labels"], (0, 1), value=-1) for target in targets]
+    labels = [F.pad(target["labels"].long(), (0, 1), value=-1) for target in targets]
     return pad_sequence(boxes, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=-1)
 
 
