@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'PRECISIONS', 'PLACES', 'TOLERANCES', 'MOST_LOST', 'NAMED', 'export_file', 'ExportSettings', 'check_export',
-           'with_places', 'calibration_photographs', 'network_format', 'check_detections', 'compare_ap', 'loss_text',
-           'check_packages', 'default_name', 'exported_path', 'title_of', 'written_text', 'export']
+           'with_places', 'calibration_photographs', 'network_format', 'check_detections', 'keep_checked', 'compare_ap',
+           'loss_text', 'check_packages', 'default_name', 'exported_path', 'title_of', 'written_text', 'export']
 
 # %% ../../nbs/82_deploy.export.ipynb #8a431171
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -157,7 +157,7 @@ TOLERANCES = {
 
 
 def check_detections(file: Path, model: Detector, settings: ExportSettings, photographs: CocoImages) -> None:
-    "Print how far file and model are apart. Raises a `RuntimeError` when it is too far."
+    "Print how far file and model are apart. Raises a `ValueError` when it is too far."
     part, pixels, score, least = TOLERANCES[network_format(settings), settings.precision]
     images = [torch.from_numpy(view[0]) for view in CalibrationViews(model, photographs, settings.num_images)]
     agreement = compare_file(file, model, images, part, min_score=least)
@@ -166,7 +166,27 @@ def check_detections(file: Path, model: Detector, settings: ExportSettings, phot
     most = "" if part == 1 else f"of {part:.0%} of them, "
     print(f"{most}boxes differ by at most {agreement.boxes:.0e} pixel, scores by {agreement.scores:.0e}")
     if agreement.boxes > pixels or agreement.scores > score:
-        raise RuntimeError(f"{file} differs from the model, see above: do not use it")
+        raise ValueError(
+            f"precision is {settings.precision}, and the file differs from the model, see above; it is not kept: "
+            "choose another precision or format"
+        )
+
+# %% ../../nbs/82_deploy.export.ipynb #497e5c75
+def keep_checked(
+    path: Path,  # of the file
+    write: Callable[[Path], None],
+    check: Callable[[Path], None],  # raises an error for a bad one
+) -> None:
+    "Write a file, and what belongs to it, under another name; check it, and give it its name, or remove it."
+    unchecked = path.with_name(f".{path.stem}.unchecked{path.suffix}")
+    parts = [unchecked.with_suffix(".bin"), unchecked]  # OpenVINO has both
+    try:
+        write(unchecked)
+        check(unchecked)
+        for part in parts:
+            if part.exists(): part.replace(path.with_suffix(part.suffix))
+    finally:
+        for part in parts: part.unlink(missing_ok=True)
 
 # %% ../../nbs/82_deploy.export.ipynb #79b9ae45
 MOST_LOST = 1.0  # AP
@@ -255,7 +275,8 @@ def export(
 ) -> Path:  # of the file, or of the page's folder
     """Write a detector in a format and a precision, and compare file and model.
 
-    Raises a `RuntimeError` when they differ, and before long work `ImportError`, `FileNotFoundError` or `ValueError`.
+    Raises `ImportError`, `FileNotFoundError` or `ValueError` before long work, and a `ValueError` when they differ;
+    what was there is untouched then.
     """
     check_packages(settings)
     source = detector_file(settings.model)
@@ -270,11 +291,13 @@ def export(
     compare = eight if settings.compare is None else settings.compare
     if compare: photographs = with_classes_of(model, source, photographs)
     runtime = read_runtime(settings.runtime) if web else b""
-    form = network_format(settings)
-    export_file(model, file, form, settings.precision, views, settings.exclude, settings.symmetric)
+    parts = network_format(settings), settings.precision, views, settings.exclude, settings.symmetric
+    keep_checked(
+        file, lambda path: export_file(model, path, *parts),
+        lambda path: check_detections(path, model, settings, photographs),
+    )
     if web: write_page(file.parent, model, runtime, settings.precision, title_of(source))
     print(written_text(settings, source, file))
-    check_detections(file, model, settings, photographs)
     if compare:
         ours, theirs = compare_ap(file, model, photographs)
         print(f"AP {ours:.1f} of the model, {theirs:.1f} of the file, on {len(photographs)} photographs")

@@ -148,10 +148,13 @@ async function startCamera() {
   $("problems").replaceChildren();
   if (!navigator.mediaDevices) return complain("The camera needs a page from https or from localhost: open it there.");
   let stream;
+  $("camera").disabled = true; // while the browser asks for permission
   try {
     stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
   } catch (error) {
     return complain(REFUSALS[error.name] ?? `The camera does not start (${error.message}): choose photographs.`);
+  } finally {
+    $("camera").disabled = false;
   }
   video = $("video");
   video.srcObject = stream;
