@@ -200,7 +200,8 @@ def test_what_is_no_film(place, tmp_path):
     (folder / "empty.webm").write_bytes(b"")
     strange = write_film(folder / "strange.mov", views(2), ("png", "rgb24"))
     strange.write_bytes(strange.read_bytes().replace(b"png ", b"zzzz"))
-    out = predict(settings(folder, place, tmp_path / "out"))
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="no file of .* could be read"): predict(settings(folder, place, out))
     results = read_json(out / "results.json")
     reasons = {skipped["file_name"]: skipped["reason"] for skipped in results["skipped"]}
     assert set(reasons) == {"sound.mp4", "text.avi", "empty.webm", "strange.mov"} and results["films"] == []

@@ -8,9 +8,9 @@ __all__ = ['TURNS', 'TRAIN', 'VAL', 'LAYOUTS', 'REST', 'HELD_OUT', 'Split', 'pla
            'json_files', 'holds_coco', 'split_word', 'image_folder', 'read_coco', 'read_yaml', 'yolo_files',
            'yolo_places', 'yolo_classes', 'read_lines', 'yolo_images', 'label_file', 'find_labels', 'files_in',
            'read_label_file', 'read_yolo', 'coco_dataset', 'voc_files', 'listed_stems', 'VocFile', 'read_voc_file',
-           'first_pixel', 'coco_box', 'read_voc', 'Layout', 'find_layout', 'groups_of_copies', 'part_of',
-           'without_classes', 'hold_out', 'SplitPath', 'read_split', 'read_splits', 'pick', 'only', 'find_splits',
-           'shares_of', 'read_unlabelled']
+           'read_voc_folder', 'first_pixel', 'coco_box', 'read_voc', 'Layout', 'find_layout', 'groups_of_copies',
+           'part_of', 'without_classes', 'hold_out', 'SplitPath', 'read_split', 'read_splits', 'pick', 'only',
+           'find_splits', 'shares_of', 'read_unlabelled']
 
 # %% ../../nbs/22_data.layouts.ipynb #c9ce49b0
 import os
@@ -438,6 +438,11 @@ def read_voc_file(path: Path) -> VocFile:
     return VocFile(path, root.findtext("filename"), size, objects)
 
 # %% ../../nbs/22_data.layouts.ipynb #92820649
+def read_voc_folder(folder: Path) -> list[VocFile]:
+    "Read the XML files of a folder, in the order of their names."
+    with ThreadPoolExecutor() as pool: return list(pool.map(read_voc_file, sorted(folder.glob("*.xml"))))
+
+
 def first_pixel(files: Iterable[VocFile]) -> tuple[int, str]:
     "Find out whether pixels are counted from 0 or from 1, and tell it in a line."
     corners = [corner for file in files for _, (x, y, *_), _ in file.objects for corner in (x, y)]
@@ -471,13 +476,11 @@ def read_voc(
     folders = [images] if images else [root / "JPEGImages", root / "images", annotations]
     folder = next((place for place in folders if place.is_dir()), folders[0])
     if not folder.is_dir(): raise FileNotFoundError(f"The image folder {folder} does not exist: put it there.")
-    places = [annotations, *([beside] if beside and beside != annotations else [])]
-    with ThreadPoolExecutor() as pool:
-        files, *others = [list(pool.map(read_voc_file, sorted(place.glob("*.xml")))) for place in places]
+    files = read_voc_folder(annotations)
     if not files:
         cure = "put Pascal VOC's annotations there, or name others (train_annotations, val_annotations)"
         raise FileNotFoundError(f"{annotations} has no XML files: {cure}.")
-    every = [*files, *others[0]] if others else files
+    every = files if beside in (None, annotations) else [*files, *read_voc_folder(beside)]
     first, note = first_pixel(every)
     numbers = {found.path.stem: number for number, found in enumerate(files, 1)}
     wanted = dict.fromkeys(numbers if file.is_dir() else listed_stems(file, numbers))

@@ -577,7 +577,7 @@ def run_film(
             if film.live: bar.set_postfix(dropped=frame.number - bar.n, refresh=False)
             bar.update(len(batch))
 
-
+# %% ../../nbs/73_deploy.film.ipynb #6847759e
 def detect_film(
     detect: Detect,
     film: Film,

@@ -72,7 +72,7 @@ def read_checkpoint(
         )
     return contents
 
-
+# %% ../../nbs/35_engine.checkpoint.ipynb #1743478a
 def last_checkpoint(
     folder: Path,  # run folder
 ) -> tuple[dict | None, list[Path]]:  # none where there is none yet; and the damaged ones that are newer

@@ -71,7 +71,7 @@ def worker() -> Iterator[None]:
             report(Path(os.environ[ERROR_FILE]), f"process {os.environ['RANK']}: {type(error).__name__}: {error}")
         raise
 
-
+# %% ../../nbs/38_engine.launcher.ipynb #8cd0d2fd
 class LaunchError(RuntimeError):
     "Of several processes one has failed; the text is its reason."
 
