@@ -6,11 +6,11 @@
 __all__ = ['TURNS', 'TRAIN', 'VAL', 'LAYOUTS', 'REST', 'HELD_OUT', 'Split', 'plain_name', 'files_below', 'locate', 'make_split',
            'read_orientation', 'image_size', 'folders_in', 'roboflow_files', 'instances_files', 'cvat_files',
            'json_files', 'holds_coco', 'split_word', 'image_folder', 'read_coco', 'read_yaml', 'yolo_files',
-           'yolo_places', 'yolo_classes', 'read_lines', 'yolo_images', 'label_file', 'find_labels', 'files_in',
-           'read_label_file', 'read_yolo', 'coco_dataset', 'voc_files', 'listed_stems', 'VocFile', 'read_voc_file',
-           'read_voc_folder', 'first_pixel', 'coco_box', 'read_voc', 'Layout', 'find_layout', 'groups_of_copies',
-           'part_of', 'without_classes', 'hold_out', 'SplitPath', 'read_split', 'read_splits', 'pick', 'only',
-           'find_splits', 'shares_of', 'read_unlabelled']
+           'yolo_places', 'yolo_classes', 'read_lines', 'yolo_images', 'label_file', 'find_labels', 'read_label_file',
+           'read_yolo', 'coco_dataset', 'voc_files', 'listed_stems', 'VocFile', 'read_voc_file', 'read_voc_folder',
+           'first_pixel', 'coco_box', 'read_voc', 'Layout', 'find_layout', 'groups_of_copies', 'part_of',
+           'without_classes', 'hold_out', 'SplitPath', 'read_split', 'read_splits', 'pick', 'only', 'find_splits',
+           'shares_of', 'read_unlabelled']
 
 # %% ../../nbs/22_data.layouts.ipynb #c9ce49b0
 import os
@@ -304,16 +304,11 @@ def find_labels(
     for image, file in exact.items():
         if file.is_file(): found[image] = file
         else:
-            if file.parent not in listed: listed[file.parent] = files_in(file.parent)
-            others = [other for other in listed[file.parent].get(plain_name(file.name), ()) if other not in taken]
+            folder = file.parent
+            if folder not in listed: listed[folder] = files_below(folder)
+            there = (folder / name for name in listed[folder].get(plain_name(file.name), ()))
+            others = [other for other in there if other not in taken]
             found[image] = others[0] if len(others) == 1 else file
-    return found
-
-
-def files_in(folder: Path) -> dict[str, list[Path]]:
-    "List the files of a folder by their plain names; nothing where there is no folder."
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else (): found.setdefault(plain_name(path.name), []).append(path)
     return found
 
 # %% ../../nbs/22_data.layouts.ipynb #52b8fe37

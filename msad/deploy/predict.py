@@ -448,5 +448,5 @@ def predict(
         for name in ("tiles", "done"): shutil.rmtree(folder / name, ignore_errors=True)
     print(results_text(folder))
     if len(read_json(folder / "results.json")["skipped"]) == len(files):
-        raise ValueError(f"images: no file of {settings.images} could be read, as listed above; convert them to JPEG")
+        raise ValueError(f"images: no file of {settings.images} could be read, for the reasons above: give others")
     return folder

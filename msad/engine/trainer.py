@@ -84,7 +84,8 @@ def make_transform(
     "Make the transform of a run's samples."
     epochs = recipe.iterations * recipe.batch_size / max(len(training_indices(images, recipe.empty_images)), 1)
     parts = recipe.scale_jitter, recipe.photometric, recipe.iou_crop, recipe.mosaic
-    last = max(1, round(recipe.mosaic_until * epochs))  # a run of less than an epoch has them, too
+    least = 1 if recipe.mosaic_until else 0  # a run of less than an epoch has them, too
+    last = max(least, round(recipe.mosaic_until * epochs))
     return TrainTransform(*size, recipe.flips, seed, Variety(*parts, mosaic_epochs=last))
 
 # %% ../../nbs/37_engine.trainer.ipynb #a6a4cff5

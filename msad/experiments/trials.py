@@ -335,10 +335,11 @@ def torchvision_metrics(model: nn.Module, images: CocoImages, size: tuple[int, i
 # %% ../../nbs/91_experiments.trials.ipynb #0a7fc2a9
 def do_torchvision(settings: TrialsSettings) -> None:
     "Train and evaluate torchvision's FCOS for the first of the times, unless that is done."
-    if not settings.minutes or any(row["name"] == "torchvision" for row in trial_rows(settings)): return
+    if not settings.minutes: return
     splits = (settings.whole_split, settings.test_split)
     images, test_images = (CocoImages(read_split(SplitPath(data_folder(settings.data), name))) for name in splits)
-    with lock_run_folder(trial_folder(settings, "torchvision", 0)):
+    with lock_run_folder(trial_folder(settings, "torchvision", 0), patience=120 * settings.minutes[0]):
+        if any(row["name"] == "torchvision" for row in trial_rows(settings)): return
         model, iterations = train_torchvision(images, settings.minutes[0])
         metrics = torchvision_metrics(model, test_images)
         row = {"name": "torchvision", "seed": 0, "student": {**metrics, "iterations": iterations}}
