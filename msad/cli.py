@@ -22,25 +22,29 @@ class Command(NamedTuple):
     settings: str  # dataclass of its parameters
     function: str  # to call with the settings
     help: str
-    first: str  # parameter that a word without an option may be meant for
+    example: str  # of its options; a word without an option may be meant for the first
 
 
 COMMANDS = {
     "train": Command(
-        "msad.deploy.ship", "TrainSettings", "ship", "Train a teacher or a student on your data.", "data",
+        "msad.deploy.ship", "TrainSettings", "ship", "Train a teacher or a student on your data.",
+        "--data FOLDER --role student --minutes 30",
     ),
     "evaluate": Command(
-        "msad.runs.evaluate", "EvaluateSettings", "evaluate", "Measure a detector by COCO's metrics.", "model",
+        "msad.runs.evaluate", "EvaluateSettings", "evaluate", "Measure a detector by COCO's metrics.",
+        "--model RUN --data FOLDER",
     ),
     "compare": Command(
         "msad.experiments.compare", "CompareSettings", "compare", "Tell whether to ship a student on your data.",
-        "data",
+        "--data FOLDER --minutes 30 --seeds 3",
     ),
     "predict": Command(
-        "msad.deploy.predict", "PredictSettings", "predict", "Detect objects in photographs or films.", "images",
+        "msad.deploy.predict", "PredictSettings", "predict", "Detect objects in photographs or films.",
+        "--images FOLDER --model RUN",
     ),
     "export": Command(
-        "msad.deploy.export", "ExportSettings", "export", "Write a detector for ONNX, OpenVINO, a page.", "model",
+        "msad.deploy.export", "ExportSettings", "export", "Write a detector for ONNX, OpenVINO, a page.",
+        "--model RUN --precision int8",
     ),
 }
 
@@ -63,7 +67,7 @@ def find_command(
         sys.exit(2)
     command = COMMANDS[name]
     if options and not options[0].startswith("-"):
-        cure = f"write --{command.first} {options[0]}"
+        cure = f"write {command.example.split()[0]} {options[0]}"
         print(f"msad {name}: {options[0]!r} stands without an option: {cure}", file=sys.stderr)
         sys.exit(2)
     return command
@@ -87,7 +91,8 @@ def main(
     module = import_module(command.module)
     with exit_on_user_error():
         settings = tyro.cli(
-            getattr(module, command.settings), args=options, prog=f"msad {name}", description=command.help,
+            getattr(module, command.settings), args=options, prog=f"msad {name}",
+            description=f"{command.help} For example: msad {name} {command.example}",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
         print(getattr(module, command.function)(settings))

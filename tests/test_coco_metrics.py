@@ -328,6 +328,13 @@ def test_missing_fields_of_results(field):
     with pytest.raises(ValueError, match=f"detection 0 .* has no '{field}'"): evaluate_coco(index(one_box()), [result])
 
 
+def test_predictions_are_no_results(tmp_path):
+    truth = one_box()
+    (tmp_path / "results.json").write_text(json.dumps(truth))
+    with pytest.raises(ValueError, match="results.json: a data set, such as `msad predict` writes, .* detections.json"):
+        evaluate_coco(index(truth), tmp_path / "results.json")
+
+
 @pytest.mark.parametrize("text", ["{}", "3", "[", "[1]", '[{"image_id": 1, "image_id": 2}]'])
 def test_result_files_that_are_no_results(tmp_path, text):
     path, truth = tmp_path / "results.json", index(one_box())

@@ -260,6 +260,11 @@ def test_stopped_goes_on_and_finished_is_shown(tmp_path):
     assert sentence[0] in printed and "8 of 8 runs are in" in printed and settings.file.stat().st_mtime_ns == written
     assert "iterations to go" not in printed and time.perf_counter() - started < 60
 
+    settings.file.unlink()  # the runs know all that was in it
+    printed, errors = (from_runs := start(tmp_path)).communicate(timeout=60)
+    assert from_runs.returncode == 0, errors[-2000:]
+    assert sentence[0] in printed and json.loads(settings.file.read_text())["runs"] == rows
+
     printed, errors = (third := start(tmp_path, seeds=3, budget=1e-4)).communicate(timeout=60)
     assert third.returncode == 0, errors[-2000:]
     assert "4 of 12 runs are still to be done" in printed

@@ -700,6 +700,20 @@ def test_evaluation_on_other_classes(finished, tmp_path):
     with pytest.raises(ValueError, match="has the classes pine, oak and .* has elm"): evaluate(settings)
 
 
+def test_the_order_of_the_classes_is_told_from_other_classes(tmp_path):
+    config = ModelConfig("teacher", 0.25, ("pine", "oak"), (1, 2), 64, 1, 128, 213)
+    save_model(tmp_path / "teacher.pth", build_model(config))
+    for split in ("train2017", "val2017"): write_coco(tmp_path / "data", split, 10, ids=(1, 2), names=("oak", "pine"))
+    data, file = str(tmp_path / "data"), str(tmp_path / "teacher.pth")
+    with pytest.raises(ValueError, match="has the classes pine, oak and .* has oak, pine; only their order differs"):
+        evaluate(EvaluateSettings(model=file, data=data))
+    with pytest.raises(ValueError, match="class_names is pine, oak and the student's oak, pine; only their order"):
+        prepare(TrainSettings(role="student", data=data, teacher=file, out=str(tmp_path / "run")))
+    write_coco(tmp_path / "data", "val2017", 10, ids=(2, 1), names=("oak", "pine"))
+    with pytest.raises(ValueError, match="has the categories 1 pine, 2 oak and .* has 1 oak, 2 pine; give both"):
+        prepare(TrainSettings(role="teacher", data=data, out=str(tmp_path / "run"), **SMALL))
+
+
 def test_long_lists_of_classes_are_told_apart(tmp_path):
     names = [f"species {i}" for i in range(20)]
     config = ModelConfig("teacher", 0.25, tuple(names), tuple(range(20)), 64, 1, 128, 213)

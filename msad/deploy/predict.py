@@ -45,6 +45,7 @@ from msad.runs.folders import (
     file_description,
     read_settings,
     repository,
+    stored_path,
 )
 from ..runs.settings import check_types
 
@@ -149,7 +150,7 @@ def describe_prediction(
 ) -> dict:
     "Describe a prediction for `settings.json`: everything that the result depends on."
     return {
-        "images": f"{len(files)} in {display_path(root)}",
+        "images": f"{len(files)} in {stored_path(root)}",
         "images_sha256": fingerprint_files(files),
         "model": {**file_description(detector_file(settings.model)), **config.thresholds._asdict()},
         "width": settings.width,
@@ -436,7 +437,7 @@ def predict(
     tiling, large = choose_tiled(settings, files, predictor.model.config)
     description = describe_prediction(settings, files, root, predictor.model.config, tiling)
     finished = is_finished(folder, description)
-    print(f"{description['images']}{left_out(settings.images)}, to {display_path(folder)}")
+    print(f"{len(files)} in {display_path(root)}{left_out(settings.images)}, to {display_path(folder)}")
     announce(files, tiling, large)
     if finished: print("finished already")
     else:

@@ -96,6 +96,11 @@ def load_results(
     "Check detections and index them. Raises FileNotFoundError, or ValueError that names the entry."
     given = not isinstance(results, str | os.PathLike)
     results, name = (results, "The results") if given else (read_json(results), str(results))
+    if isinstance(results, dict) and "annotations" in results:
+        raise ValueError(
+            f"{name}: a data set, such as `msad predict` writes, instead of a list of detections: take the "
+            "detections.json of `msad evaluate`, which has the low scores too, that AP needs."
+        )
     if not isinstance(results, list):
         raise ValueError(f"{name}: a {type(results).__name__} instead of a list of detections: write COCO's format.")
     detections = _table(results, truth)

@@ -55,6 +55,7 @@ from msad.runs.plan import (
 from msad.runs.settings import (
     DISTILLATION,
     WITHOUT,
+    DataSettings,
     ModelSettings,
     RecipeSettings,
     TrainSettings,
@@ -76,12 +77,9 @@ def distillation_fields(name: str) -> dict[str, object]:
 
 # %% ../../nbs/95_experiments.compare.ipynb #94a00008
 @dataclass(frozen=True, kw_only=True)
-class CompareSettings(RecipeSettings, ModelSettings):
+class CompareSettings(RecipeSettings, ModelSettings, DataSettings):
     "A comparison to be done. Raises a `ValueError` that names the field."
 
-    data: str = "trees"  # "trees" for the bundled photographs, or a folder: COCO, Roboflow, CVAT, YOLO or Pascal VOC
-    train_split: str | None = None  # name of the split to learn from; none: found
-    val_split: str | None = None  # name of the split to evaluate on; none: found, or a fifth is held out
     teacher_iterations: int | None = None  # updates of the teacher; none: the recipe's, or its share of the minutes
     teacher_size: str | None = None  # "small", "medium" or "paper", of the teacher alone; none: as the student
     distillation: str | None = None  # "crosskd", "balanced", "published", "pkd", "cwd" or "fgd"; none: the recipe's
@@ -185,8 +183,8 @@ def train_settings(
     length: Length | None = None,  # none: as the settings say
 ) -> TrainSettings:
     "Make the settings of a run. It is evaluated at its end alone."
-    own = ("data", "train_split", "val_split", "devices", "workers")
-    own += tuple(field.name for field in fields(ModelSettings))
+    own = tuple(field.name for kind in (DataSettings, ModelSettings) for field in fields(kind))
+    own += "devices", "workers"
     given = {field: getattr(settings, field) for field in own} | {"seed": seed}
     given |= {"out": str(run_folder(settings, name, seed)), "eval_every": length and length.of(name)}
     recipe = {field.name: getattr(settings, field.name) for field in fields(RecipeSettings)}
@@ -338,12 +336,13 @@ def plan_comparison(
     """
     read_rows(settings.file, common_settings(settings))
     begun = begun_length(settings)
-    teacher = prepare(train_settings(settings, TEACHER, 0, begun))
+    elsewhere = settings if begun else replace(settings, out=str(settings.folder / "planned"))
+    teacher = prepare(train_settings(elsewhere, TEACHER, 0, begun))
     found = teacher.content | unlabelled_content(settings)
     check_data(settings.file, found)
     if not teacher.summaries[-1].boxes:
         raise ValueError(f"val_split: {teacher.val_images.split.name} has no box, so nothing tells detectors apart")
-    alone = prepare(train_settings(settings, ALONE, 0, begun))
+    alone = prepare(train_settings(elsewhere, ALONE, 0, begun))
     student = student_recipe(settings, settings.distillation, alone).distillation
     settings = replace(settings, distillation=student)
     if student == UNDISTILLED:
@@ -353,6 +352,8 @@ def plan_comparison(
         if all(name in without_use(distillation) for distillation in (student, *settings.others)):
             raise ValueError(f"{name} is {getattr(settings, name)} and no student has it: leave it out")
     length = begun or find_length(settings, teacher, alone)
+    if not begun and settings.folder.exists():  # their folders may hold other runs
+        for name in (TEACHER, ALONE): prepare(train_settings(settings, name, 0, length))
     counts = len(teacher.images), len(teacher.val_images)
     comparison = Comparison(settings, length, {}, found, counts)
     return replace(comparison, minutes=expected_minutes(comparison, teacher, alone))

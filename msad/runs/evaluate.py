@@ -30,6 +30,7 @@ from ..evaluation.tiles import Tiling, check_tile, choose_tiling
 from ..models.detector import Detector, ModelConfig, of_width, scaled_max_side
 from ..models.postprocess import Thresholds
 from msad.runs.folders import (
+    classes_cure,
     default_folder,
     describe_difference,
     detector_file,
@@ -117,11 +118,9 @@ def with_classes_of(
     fitting = fit_classes(images, model.config.class_names)
     if has_classes(model.config, fitting.class_names): return fitting
     if has_classes(model.config, images.class_names): return images
+    cure = classes_cure(model.config.class_names, images.class_names, "give a model trained on these classes")
     theirs, ours = describe_difference(model.config.class_names, tuple(images.class_names))
-    raise ValueError(
-        f"model: {path} has the classes {theirs} and {images.annotation_file} has {ours}; give a model trained "
-        "on these classes"
-    )
+    raise ValueError(f"model: {path} has the classes {theirs} and {images.annotation_file} has {ours}; {cure}")
 
 
 def fit_classes(

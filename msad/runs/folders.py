@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EARLIER', 'ADDED', 'RENAMED', 'CONTENT', 'RUN_FILES', 'SCHEDULE', 'repository', 'data_name', 'data_folder',
-           'runs_folder', 'default_folder', 'display_path', 'weights_file', 'path_fault', 'detector_file', 'shorten',
-           'describe_difference', 'with_distillation', 'file_description', 'flat', 'current', 'changed_content',
-           'change_text', 'differences', 'read_settings', 'folder_state', 'FolderInUse', 'lock_run_folder',
-           'finished_runs', 'run_images']
+           'runs_folder', 'default_folder', 'stored_path', 'display_path', 'weights_file', 'path_fault',
+           'detector_file', 'shorten', 'describe_difference', 'classes_cure', 'with_distillation', 'file_description',
+           'flat', 'current', 'changed_content', 'change_text', 'differences', 'read_settings', 'folder_state',
+           'FolderInUse', 'lock_run_folder', 'finished_runs', 'run_images']
 
 # %% ../../nbs/60_runs.folders.ipynb #4962aa8b
 import os
@@ -62,10 +62,17 @@ def default_folder(data: str | Path, kind: str, width: float, name: str = "slimm
     return runs_folder(data) / f"{kind}-{name}{'' if width == 1 else f'-w{width:g}'}"
 
 
-def display_path(path: Path) -> str:
-    "Shorten a path for display: from the repository's root on, if it lies there."
+def stored_path(path: Path) -> str:
+    "Write a path as `settings.json` does: from the repository's root on, if it lies there."
     root = repository()
     return str(path.relative_to(root) if root and path.is_relative_to(root) else path)
+
+
+def display_path(path: Path) -> str:
+    "Write a path for display, to be used where it was printed: as seen from here, unless it lies far away."
+    here, root = Path.cwd(), repository()
+    near = root and all(place.is_relative_to(root) for place in (here, path))
+    return os.path.relpath(path, here) if near or path.is_relative_to(here) else str(path)
 
 
 def weights_file(path: str | Path) -> Path:
@@ -126,6 +133,16 @@ def describe_difference(there: object, now: object) -> tuple[str, str]:
 
     return entry(there), entry(now)
 
+
+def classes_cure(
+    there: Sequence[str],
+    now: Sequence[str],
+    otherwise: str,  # the cure where the classes themselves differ
+) -> str:
+    "Tell how two lists of classes become alike, which may differ in their order alone: that of the categories' ids."
+    if set(there) != set(now): return otherwise
+    return "only their order differs: give the categories ids in the same order"
+
 # %% ../../nbs/60_runs.folders.ipynb #192a4fb1
 # What a recipe says of its distillation, with the value that runs had before it could be chosen.
 EARLIER = {"recipe.distillation_share": 0.25, "recipe.distillation_until": 1.0}
@@ -159,7 +176,7 @@ RENAMED |= {"score_threshold": "min_score"}
 def file_description(path: Path) -> dict:
     "Describe a file of weights for `settings.json`; OpenVINO's weights lie beside its file."
     content = path.with_suffix(".bin") if path.suffix == ".xml" else path
-    return {"file": display_path(path), "sha256": fingerprint(content) if content.is_file() else None}
+    return {"file": stored_path(path), "sha256": fingerprint(content) if content.is_file() else None}
 
 
 def flat(value: object, name: str = "") -> dict[str, object]:

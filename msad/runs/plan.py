@@ -52,6 +52,7 @@ from msad.runs.auto import (
 from msad.runs.folders import (
     change_text,
     changed_content,
+    classes_cure,
     current,
     data_folder,
     data_name,
@@ -187,11 +188,10 @@ def check_fit(config: ModelConfig, images: CocoImages, teacher: ModelConfig | No
     for name in ("finest_stride", "class_names") if teacher else ():
         theirs, ours = getattr(teacher, name), getattr(config, name)
         if theirs == ours or (name == "class_names" and has_classes(teacher, images.class_names)): continue
+        cure = "they must be the same, so give another teacher or train one"
+        if name == "class_names": cure = classes_cure(theirs, ours, cure)
         theirs, ours = describe_difference(theirs, ours)
-        raise ValueError(
-            f"teacher: its {name} is {theirs} and the student's {ours}; they must be the same, so give another "
-            "teacher or train one"
-        )
+        raise ValueError(f"teacher: its {name} is {theirs} and the student's {ours}; {cure}")
 
 # %% ../../nbs/63_runs.plan.ipynb #20d10a69
 COCO_SIZE = 50_000  # photographs from which on the published recipe fits
@@ -618,10 +618,12 @@ def read_images(train_path: SplitPath, val_path: SplitPath) -> tuple[CocoImages,
     if val is train: return images, images, tuple(summaries)
     val_images = CocoImages(val)
     summaries.append(check_images(val_images, decode=False, headers=first))
-    if (val_images.category_ids, val_images.class_names) != (images.category_ids, images.class_names):
+    lists = [tuple(map("{} {}".format, part.category_ids, part.class_names)) for part in (val_images, images)]
+    if lists[0] != lists[1]:
+        theirs, ours = describe_difference(*lists)
         raise ValueError(
-            f"val_split: {val_images.annotation_file} lists other categories than {images.annotation_file}; "
-            "give both the same list"
+            f"val_split: {val_images.annotation_file} has the categories {theirs} and {images.annotation_file} has "
+            f"{ours}; give both the same list, with the same ids"
         )
     return images, val_images, tuple(summaries)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WITHOUT', 'FROM_ZERO', 'AT_MOST', 'DISTILLATION', 'EXPLICIT', 'Settings', 'RecipeSettings', 'MachineSettings',
-           'ModelSettings', 'TrainSettings', 'folder_name', 'check_value', 'check_model', 'check_types',
+           'ModelSettings', 'DataSettings', 'TrainSettings', 'folder_name', 'check_value', 'check_model', 'check_types',
            'check_distillation', 'without_use', 'check_use', 'check_train_settings', 'data_beside', 'split_paths',
            'explicit_paths', 'val_path', 'assigned_names', 'notebook_settings', 'read_settings_file', 'settings_dict']
 
@@ -100,18 +100,24 @@ class ModelSettings:
     short_side: int | None = None  # test size; none: as neck_channels
     max_side: int | None = None  # limit of the long side; none: in their proportion, else of 1333 to 800
 
+# %% ../../nbs/62_runs.settings.ipynb #62a00003
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    "What to learn from and to evaluate on."
+
+    data: str = "trees"  # "trees" for the bundled photographs, or a folder: COCO, Roboflow, CVAT, YOLO or Pascal VOC
+    train_split: str | None = None  # name of the split to learn from; none: found
+    val_split: str | None = None  # name of the split to evaluate on; none: found, or a fifth is held out
+
 # %% ../../nbs/62_runs.settings.ipynb #62a00001
 WITHOUT = "without"  # in place of a teacher's path
 
 # %% ../../nbs/62_runs.settings.ipynb #1449ebfb
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(MachineSettings, RecipeSettings, ModelSettings):
+class TrainSettings(MachineSettings, RecipeSettings, ModelSettings, DataSettings):
     "A training to be done. Raises a `ValueError` that names the field."
 
     role: str  # "teacher" or "student"
-    data: str = "trees"  # "trees" for the bundled photographs, or a folder: COCO, Roboflow, CVAT, YOLO or Pascal VOC
-    train_split: str | None = None  # name of the split to learn from; none: found
-    val_split: str | None = None  # name of the split to evaluate on; none: found, or a fifth is held out
     train_annotations: str | None = None  # COCO's file or a folder of Pascal VOC's to learn from; none: found in data
     train_images: str | None = None  # folder of their images; none: found
     val_annotations: str | None = None  # COCO's file or a folder of Pascal VOC's to evaluate on; none: found in data
