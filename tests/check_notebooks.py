@@ -48,6 +48,8 @@ def notebook_faults(path: Path) -> list[str]:
         faults.append(f"has {tagged} cells tagged `parameters` instead of one")
     if any(output["output_type"] == "error" for cell in cells for output in cell["outputs"]):
         faults.append("shows an error")
+    if any("site-packages" in json.dumps(cell["outputs"]) for cell in cells):
+        faults.append("shows a path of the machine that executed it, maybe in a warning")
     if not any(cell["outputs"] for cell in cells):
         faults.append("was not executed")
     return [f"{path.name} {fault}" for fault in faults]

@@ -18,7 +18,7 @@ from kill_many import kill_many
 
 from msad.engine.checkpoint import list_checkpoints
 from msad.engine.hooks import read_log
-from msad.engine.launcher import LaunchError
+from msad.engine.launcher import LaunchError, exit_on_user_error
 from msad.engine.weights import load_model, save_model
 from msad.runs.evaluate import EvaluateSettings, evaluate
 from msad.runs.settings import TrainSettings, settings_dict
@@ -308,8 +308,9 @@ def test_error_of_a_worker_reaches_the_notebook(place, tmp_path, capfd):
     path.write_bytes(path.read_bytes()[:900])
     settings = settings_of(place, tmp_path / "run", data=str(tmp_path / "data"), devices=2, batch_size=2)
     began = time.monotonic()
-    with pytest.raises(LaunchError, match=r"^process [01]: ValueError: \S+5\.jpg does not decode"):
-        train(settings)
+    with pytest.raises(SystemExit, match=r"^process [01]: ValueError: \S+5\.jpg does not decode") as stop:
+        with exit_on_user_error(): train(settings)  # as a command does
+    assert isinstance(stop.value.__context__, LaunchError)
     assert time.monotonic() - began < 60
     assert "Traceback (most recent call last)" in capfd.readouterr().err
     assert_gone("msad-launch")

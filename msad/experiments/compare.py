@@ -81,7 +81,7 @@ class CompareSettings(RecipeSettings, ModelSettings, DataSettings):
     "A comparison to be done. Raises a `ValueError` that names the field."
 
     teacher_iterations: int | None = None  # updates of the teacher; none: the recipe's, or its share of the minutes
-    teacher_size: str | None = None  # "small", "medium" or "paper", of the teacher alone; none: as the student
+    teacher_size: str | None = None  # "nano", "small", "medium" or "paper", of the teacher alone; none: as the student
     distillation: str | None = None  # "crosskd", "balanced", "published", "pkd", "cwd" or "fgd"; none: the recipe's
     others: tuple[str, ...] = ()  # more distillations for the table
     unlabelled: str | None = None  # folder of photographs without boxes, for one more student that learns from them too
