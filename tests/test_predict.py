@@ -309,6 +309,11 @@ def test_a_folder(album, place, student, capsys):
     capsys.readouterr()
 
 
+def test_nothing_found_names_the_score(album, place, tmp_path, capsys):
+    predict(settings(album, place, tmp_path / "out", min_score=1))
+    assert "nothing found\nno score reaches 1; a lower min_score" in capsys.readouterr().out
+
+
 def test_nothing_is_overwritten(album, place, tmp_path, capsys):
     out, run = tmp_path / "out", settings(album, place, tmp_path / "out")
     predict(run)

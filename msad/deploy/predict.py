@@ -355,6 +355,9 @@ def results_text(
         frames = "1 frame" if film["frames"] == 1 else f"{film['frames']} frames"
         what = f"{film['file_name']}, {frames} in {film['seconds']:.1f} s{dropped}"
         lines += [count_text(what, film["objects"]), *([f"  {film['damage']}"] if film["damage"] else [])]
+    if lines and not any(sum(found.values()) for found in (counts, *(film["objects"] for film in films))):
+        least = read_settings(folder)["min_score"]
+        lines.append(f"no score reaches {least:g}; a lower min_score, with another out, shows what is less certain")
     if results["skipped"]: lines.append(f"skipped, since they cannot be read: {len(results['skipped'])}")
     return "\n".join([*lines, *(f"  {skipped['reason']}" for skipped in results["skipped"])])
 
