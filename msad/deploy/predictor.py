@@ -124,7 +124,9 @@ class Prediction(dict):
 
     def __repr__(self) -> str:
         best = [f"{name} {score:.2f}" for name, score in zip(self["names"], self["scores"].tolist(), strict=True)]
-        return f"Prediction: {len(best)} boxes" + (f", {shorten(tuple(best))}" if best else "")
+        sure = int((self["scores"] >= SHOWN_SCORE).sum())
+        if not best: return "Prediction: 0 boxes"
+        return f"Prediction: {len(best)} boxes, {sure} of score {SHOWN_SCORE} or more: {shorten(tuple(best))}"
 
     def above(self, min_score: float) -> "Prediction":
         "Leave out detections of lower score."
