@@ -227,6 +227,19 @@ def test_bootstrap_of_models(tmp_path):
     with pytest.raises(ValueError, match="detection 0 .* has no 'image_id'"): bootstrap(index(truth), [results, [{}]])
 
 
+def test_bootstrap_of_photographs_with_more_than_a_hundred_objects():
+    places = [(x, y) for x in range(0, 400, 20) for y in range(0, 200, 20)]
+    boxes = [[float(x), float(y), 10.0, 10.0] for x, y in places]
+    truth = {"images": [{"id": 1}], "categories": [{"id": 1, "name": "tree"}], "annotations": [
+        {"id": n, "image_id": 1, "category_id": 1, "bbox": box, "area": 100.0, "iscrowd": 0}
+        for n, box in enumerate(boxes, 1)
+    ]}
+    results = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.9} for box in boxes]
+    assert bootstrap(index(truth), [results], samples=3, limit=200) == pytest.approx(100)
+    ap = evaluate_coco(index(truth), results)["AP"]
+    assert ap < 51 and bootstrap(index(truth), [results], samples=3)[0, 0] == pytest.approx(ap)
+
+
 def test_bootstrap_without_objects():
     found = bootstrap(index(one_box()), [[hit()]], samples=50)
     drawn = np.random.default_rng(0).multinomial(2, [0.5, 0.5], size=50)[:, 0] > 0

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +17,14 @@ import pytest
 from conftest import ROOT, write_coco
 
 from msad.cli import main
-from msad.experiments.compare import CompareSettings, plan_comparison, run_folder, train_settings, write_results
+from msad.experiments.compare import (
+    CompareSettings,
+    has_teachers_backbone,
+    plan_comparison,
+    run_folder,
+    train_settings,
+    write_results,
+)
 from msad.experiments.verdict import (
     ALONE,
     TEACHER,
@@ -91,6 +98,14 @@ def test_verdicts(student, undistilled, alone, ship, text):
     assert re.search(r"interval −?\d+\.\d to −?\d+\.\d, 4 seeds, 60 photographs\)", str(verdict))
 
 
+def test_a_rival_that_is_clearly_better_decides():
+    rows = invented_rows(published=31, none=30, alone=34)
+    for row in rows:
+        if row["variant"] == UNDISTILLED: row["AP"] += (20, -6, 14, -12)[row["seed"]]  # better in the mean, and unsure
+    verdict = judge(rows, "published", PHOTOGRAPHS)
+    assert verdict.ship == ALONE and "Ship the one trained alone" in str(verdict)
+
+
 def test_seeds_that_are_not_shared_do_not_count():
     rows = invented_rows(published=33, none=31, alone=30)
     kept = [row for row in rows if row["variant"] != UNDISTILLED or row["seed"] > 1]
@@ -158,7 +173,7 @@ TINY = {
 
 @pytest.mark.parametrize(("options", "text"), [
     (["--data", "/nowhere"], "/nowhere"), (["--val-split", "missing"], "missing"), (["--alpha", "0"], "alpha is 0"),
-    (["--weights", "/nowhere.pth"], "nowhere.pth"),
+    (["--weights", "/nowhere.pth"], "nowhere.pth"), (["--devices", "2"], "devices is '2': choose"),
     (["--unlabelled", "/nowhere"], "unlabelled: there is no folder /nowhere"),
 ])
 def test_wrong_input_is_one_sentence_before_any_work(coco, tmp_path, capsys, options, text):
@@ -201,6 +216,26 @@ def test_photographs_without_boxes_make_one_student_more(coco, tmp_path):
     assert plain.student == "crosskd"
     write_results(plain, {"variant": "none", "seed": 0})
     with pytest.raises(ValueError, match="image names .* of unlabelled changed since"): plan_comparison(settings)
+
+
+def test_unlabelled_photographs_by_another_distillation_are_refused(coco, tmp_path):
+    settings = CompareSettings(
+        data=str(coco), out=str(tmp_path / "out"), unlabelled=str(coco / "train2017"), distillation="crosskd", **TINY
+    )
+    row = {"variant": UNLABELLED, "seed": 0, "minutes": 1.0, "distillation": "crosskd"}
+    write_results(plan_comparison(settings), row)
+    assert plan_comparison(settings).rows
+    with pytest.raises(ValueError, match="distillation is pkd, and the student of unlabelled .* learned by crosskd"):
+        plan_comparison(replace(settings, distillation="pkd"))
+
+
+@pytest.mark.parametrize(("given", "same"), [
+    (dict(size="small", backbone="slimmable_resnet50", teacher_size="small"), False),
+    (dict(size="paper", width=1.0, teacher_size="paper"), False), (dict(teacher_size="paper"), True),
+    (dict(size="nano", teacher_size="small"), True), (dict(size="nano", teacher_size="medium"), False),
+])
+def test_a_students_backbone_may_be_its_teachers(coco, given, same):
+    assert has_teachers_backbone(CompareSettings(data=str(coco), **given)) == same
 
 
 def as_options(values):

@@ -15,7 +15,7 @@ from msad.data.summary import check_data
 from msad.runs.evaluate import EvaluateSettings, load_detector
 from msad.runs.folders import finished_runs, run_images
 from msad.runs.plan import prepare
-from msad.runs.settings import TrainSettings
+from msad.runs.settings import TrainSettings, val_path
 from msad.runs.train import train
 
 SOURCE = Path(__file__).parent / "layouts"
@@ -253,6 +253,28 @@ def test_names_that_differ_in_case_or_slashes(tmp_path, change):
     if change("a/b") != "./a/b": assert "used as they are in" in str(check_data(tmp_path, "train"))
 
 
+def test_splits_whose_files_have_the_same_names(tmp_path):
+    stems = SPLITS["train"]
+    for split in ("train", "val"):
+        write_json(tmp_path / f"annotations/{split}.json", coco_dataset(stems))
+        copy_images(tmp_path / f"{split}_images", stems)
+    assert [part.folder.name for part in read_splits(*find_splits(tmp_path))] == ["train_images", "val_images"]
+
+
+def test_a_test_set_alone_is_evaluated_whole(tmp_path):
+    write_coco(tmp_path, splits={"test": SPLITS["train"]})
+    assert val_path(EvaluateSettings(data=str(tmp_path))).split == "test"
+    assert [path.split for path in find_splits(tmp_path)] == ["test:rest", "test:held-out"]  # to learn from it
+
+
+def test_photographs_of_no_split_are_refused(tmp_path):
+    write_coco(tmp_path, splits={"all": [*SPLITS["train"], *SPLITS["val"]]})
+    places = dict(data=str(tmp_path), val_images=str(tmp_path))
+    with pytest.raises(ValueError, match="val_images is given, and no split"): val_path(EvaluateSettings(**places))
+    with pytest.raises(ValueError, match="and no split to evaluate on: give its val_annotations or val_split"):
+        prepare(TrainSettings(role="teacher", **places))
+
+
 def test_a_name_that_two_files_have(tmp_path):
     dataset = coco_dataset(SPLITS["train"])
     write_json(tmp_path / "annotations/instances_train.json", dataset)
@@ -419,6 +441,15 @@ def test_yolo_labels_whose_names_differ_in_case_or_unicode_form(yolo):
     shutil.copy(images / f"{first}.jpg", images / f"{first.upper()}.jpg")  # whose labels are not those of the other
     (labels / f"{first}.TXT").rename(labels / f"{first}.txt")
     assert boxes_read(read_split(SplitPath(yolo, "train"))) == {**found, first.upper(): []}
+
+
+def test_yolo_boxes_with_key_points(yolo):
+    first = SPLITS["train"][0]
+    (yolo / f"labels/train/{first}.txt").write_text("1 0.5 0.5 0.2 0.2 0.1 0.1 2 0.9 0.9 0\n1 0.5 0.5 0.2 0.2\n")
+    with pytest.raises(ValueError, match="line 1 has the number 2"): read_split(SplitPath(yolo, "train"))
+    (yolo / "data.yaml").write_text(f"{(yolo / 'data.yaml').read_text()}\nkpt_shape: [2, 3]\n")
+    found = boxes_read(read_split(SplitPath(yolo, "train")))[first]
+    assert [box[1:] for box in found] == [(256, 192, 128, 96)] * 2
 
 
 def test_yaml_of_another_program(yolo):

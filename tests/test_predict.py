@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -295,7 +298,7 @@ def test_a_folder(album, place, student, capsys):
     pictures = sorted(path.name for path in (out / "pictures").iterdir())
     assert pictures == ["a.jpg.jpg", "a.png.jpg", "b.jpg.jpg"]
     for name in pictures: assert max(Image.open(out / "pictures" / name).size) == 1000
-    assert sorted(path.name for path in out.iterdir()) == ["pictures", "results.json", "settings.json"]
+    assert sorted(path.name for path in out.glob("[!.]*")) == ["pictures", "results.json", "settings.json"]
 
     found = student(album / "a.png").above(0.2)
     of_a = [annotation for annotation in results["annotations"] if annotation["image_id"] == 2]
@@ -307,6 +310,24 @@ def test_a_folder(album, place, student, capsys):
     text = results_text(out)
     assert "3 photographs" in text and " × oak" in text and "half.jpg does not decode" in text
     capsys.readouterr()
+
+
+def test_two_predictions_into_one_folder_wait_for_each_other(album, place, tmp_path):
+    given = ["--images", str(album), "--model", str(place / "student.pth"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-c", "from msad.cli import main; main()", "predict", *given]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    counts = [re.search(r"3 photographs: .*", text)[0] for text in printed]
+    assert counts[0] == counts[1] and (tmp_path / "out/results.json").is_file()
+
+
+def test_a_folder_whose_name_is_no_text(album, place, tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    album.rename(folder)
+    out = predict(settings(folder, place, tmp_path / "out"))
+    assert "3 in " not in json.loads((out / "settings.json").read_text())["images"]
+    assert "\\udcff" in json.loads((out / "settings.json").read_text())["images"]
 
 
 def test_nothing_found_names_the_score(album, place, tmp_path, capsys):

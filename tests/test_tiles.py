@@ -22,8 +22,10 @@ from msad.deploy.predictor import Predictor
 from msad.deploy.tiles import kept_tiles
 from msad.engine.weights import load_model
 from msad.evaluation.coco_metrics import evaluate_coco
+from msad.evaluation.inference import detect_dataset_tiled
 from msad.evaluation.tiles import Tiling, make_grid
 from msad.runs.evaluate import EvaluateSettings, evaluate
+from msad.runs.folders import detector_file
 from msad.runs.settings import TrainSettings
 
 SIDE = 256  # of the bundled photographs
@@ -191,12 +193,20 @@ def test_auto_follows_the_photographs_that_the_model_learned_from(field, tmp_pat
     assert "longer than 512 pixels: tiles of 256 pixels, overlap" in capsys.readouterr().out
 
 
+def test_photographs_that_are_not_large_are_decoded_reduced(sixteen):
+    images, model = subsample(sixteen, 4), load_model(detector_file("trees"))
+    for given in (images, images.decoded_for((128, 128))):
+        results, _ = detect_dataset_tiled(model, given, 128, 128, Tiling(512, 0, 512, True), leave_bar=False)
+        assert 128 < max(result["bbox"][0] for result in results) < 256  # in the pixels of the whole photographs
+
+
 # --- bad input is one sentence
 
 
 @pytest.mark.parametrize(("given", "message"), (
     ({"tile": -1}, "tile is -1: choose"), ({"tile": "large"}, "tile is 'large': choose"),
     ({"tile": 100, "overlap": 90}, "overlap is 90 and tile 100: choose at most half of the tile, 50"),
+    ({"tile": 0, "overlap": 50}, "overlap is 50 and there are no tiles: leave it out"),
     ({"overlap": -3}, "overlap is -3: choose a whole number from 0 on"), ({"tile": 2.5}, "tile is 2.5: choose"),
 ))
 def test_wrong_tiles_are_told(given, message):

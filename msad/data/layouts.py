@@ -13,6 +13,7 @@ __all__ = ['TURNS', 'TRAIN', 'VAL', 'LAYOUTS', 'REST', 'HELD_OUT', 'Split', 'pla
            'shares_of', 'read_unlabelled']
 
 # %% ../../nbs/22_data.layouts.ipynb #c9ce49b0
+import math
 import os
 import re
 import unicodedata
@@ -198,7 +199,9 @@ def image_folder(
     if not any(counts):
         listed = [files_below(folder) for folder in folders]
         counts = [sum(plain_name(name) in files for name in some) for files in listed]
-    if any(counts): return folders[counts.index(max(counts))]
+    if any(counts):
+        most = [folder for folder, count in zip(folders, counts, strict=True) if count == max(counts)]
+        return next((folder for folder in most if split_word(folder.name) == split_word(name)), most[0])
     tried = ", ".join(str(folder) for folder in dict.fromkeys((*named[:2], root / "images", file.parent)))
     raise FileNotFoundError(
         f"the image folder of {file} is not found: none of its images, such as {names[0]}, is in {tried}; put them "
@@ -320,6 +323,7 @@ def read_label_file(
     file: Path,  # of an image; none there: no objects
     classes: dict[int, str],  # by number
     size: tuple[int, int],  # height and width of the image, pixels
+    keypoints: int = 0,  # numbers that follow each box
 ) -> list[tuple[int, list[float]]]:  # class and box (x, y, width, height in pixels) of each object
     "Read the label file of an image. Raises ValueError with file and line."
     found = []
@@ -330,6 +334,7 @@ def read_label_file(
         except ValueError: raise ValueError(f"{where} holds {line[:60]!r}: write numbers alone.") from None
         if label not in classes:
             raise ValueError(f"{where} has the class {words[0]}, and the classes are {sorted(classes)}: correct it.")
+        if keypoints and len(numbers) == 4 + keypoints: numbers = numbers[:4]
         if len(numbers) != 4 and (len(numbers) < 6 or len(numbers) % 2):
             raise ValueError(f"{where} has {len(numbers)} numbers after its class: write four, or the corners (x, y).")
         if wrong := [value for value in numbers if not -_ROUNDED <= value <= 1 + _ROUNDED]:
@@ -360,11 +365,12 @@ def read_yolo(
     if not any(file.is_file() for file in labels.values()):
         raise FileNotFoundError(f"{file}: no image of '{name}' has labels, such as {label_file(paths[0])}: add them.")
     with ThreadPoolExecutor() as pool: sizes = list(pool.map(image_size, paths))
-    entries, annotations = [], []
+    entries, annotations, keypoints = [], [], math.prod(content.get("kpt_shape", [0]))
     for number, (path, size) in enumerate(zip(paths, sizes, strict=True), 1):
         place = path.relative_to(root) if path.is_relative_to(root) else path.resolve()
         entries.append({"id": number, "file_name": str(place), "height": size[0], "width": size[1]})
-        for label, box in read_label_file(labels[path], classes, size): annotations.append((number, label, box))
+        found = read_label_file(labels[path], classes, size, keypoints)
+        annotations += [(number, label, box) for label, box in found]
     return make_split(name, coco_dataset(entries, annotations, classes), root, file, "YOLO")
 
 
@@ -660,6 +666,9 @@ def only(names: list[str], root: Path, parameter: str, purpose: str) -> str:
     raise ValueError(f"{parameter}: {root} has the splits {', '.join(names)}; name the one {purpose}.")
 
 # %% ../../nbs/22_data.layouts.ipynb #14b9664e
+_NO_VAL = "val_images is given, and no split to evaluate on: give its val_annotations or val_split, too."
+
+
 def find_splits(
     root: str | os.PathLike,  # data folder
     train: str | None = None,  # name of the split to learn from; none: found
@@ -671,6 +680,7 @@ def find_splits(
 ) -> tuple[SplitPath, SplitPath]:
     "Find the splits to learn from and to evaluate on. Raises FileNotFoundError, or ValueError if a name is needed."
     root, share = Path(root), (train or val or "") if not (train and val) else ""
+    if val_images and not val_annotations and share.endswith((REST, HELD_OUT)): raise ValueError(_NO_VAL)
     if share.endswith((REST, HELD_OUT)) and not val_annotations:
         base = share.removesuffix(REST).removesuffix(HELD_OUT)
         return shares_of(SplitPath(root, base, train_annotations, train_images))
@@ -685,6 +695,7 @@ def find_splits(
         val = only(pick(others, VAL) or others, root, "val_split", "to evaluate on")
     learned = SplitPath(root, train, train_annotations, train_images)
     if val is not None: return learned, SplitPath(root, val, val_annotations, val_images)
+    if val_images: raise ValueError(_NO_VAL)
     return shares_of(learned)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'full_path', 'matching_files', 'visible_files', 'image_files', 'left_out', 'camera_number',
-           'PredictSettings', 'fingerprint_files', 'describe_prediction', 'is_finished', 'choose_tiled',
+           'PredictSettings', 'writable', 'fingerprint_files', 'describe_prediction', 'is_finished', 'choose_tiled',
            'tiled_prediction', 'stream_files', 'result_name', 'picture_name', 'list_categories', 'make_results',
            'frame_detector', 'describe_files', 'add_films', 'count_text', 'results_text', 'make_predictor',
            'results_folder', 'announce', 'predict_camera', 'predict']
@@ -43,6 +43,7 @@ from msad.runs.folders import (
     differences,
     display_path,
     file_description,
+    lock_run_folder,
     read_settings,
     repository,
     stored_path,
@@ -134,13 +135,18 @@ class PredictSettings:
         if self.min_score > 1:
             raise ValueError(f"min_score is {self.min_score!r}: choose a number from 0 to 1")
 
-# %% ../../nbs/77_deploy.predict.ipynb #276ea58a
+# %% ../../nbs/77_deploy.predict.ipynb #120214c6
+def writable(name: str) -> str:
+    "Escape what JSON cannot write of a file's name."
+    return name.encode(errors="backslashreplace").decode()
+
+
 def fingerprint_files(files: list[Path]) -> str:
     "Hash names, sizes and times of files."
     states = "".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}\n" for file in files)
     return hashlib.sha256(states.encode(errors="surrogateescape")).hexdigest()[:16]
 
-
+# %% ../../nbs/77_deploy.predict.ipynb #276ea58a
 def describe_prediction(
     settings: PredictSettings,
     files: list[Path],
@@ -150,7 +156,7 @@ def describe_prediction(
 ) -> dict:
     "Describe a prediction for `settings.json`: everything that the result depends on."
     return {
-        "images": f"{len(files)} in {stored_path(root)}",
+        "images": f"{len(files)} in {writable(stored_path(root))}",
         "images_sha256": fingerprint_files(files),
         "model": {**file_description(detector_file(settings.model)), **config.thresholds._asdict()},
         "width": settings.width,
@@ -165,7 +171,7 @@ def is_finished(
     description: dict,  # the `settings.json` of these predictions
 ) -> bool:
     "Tell whether a folder holds these predictions, complete. Raises a `ValueError` if it holds anything else."
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return False
+    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock"}): return False
     if not (folder / "settings.json").is_file():
         raise ValueError(f"out: {folder} is there and holds no predictions; give another out")
     if differing := differences(read_settings(folder), description):
@@ -229,7 +235,7 @@ def result_name(
     root: Path,  # the name is relative to it
 ) -> str:
     "Name a file so that JSON can write it, and no other file of the folder is called so."
-    return file.relative_to(root).as_posix().encode(errors="backslashreplace").decode()
+    return writable(file.relative_to(root).as_posix())
 
 
 def picture_name(
@@ -264,7 +270,7 @@ def make_results(
     for file, found in zip(files, bar, strict=True):
         name = result_name(file, root)
         if isinstance(found, Exception):
-            skipped.append({"file_name": name, "reason": str(found)})
+            skipped.append({"file_name": name, "reason": writable(str(found))})
             continue
         found, drawn = (one.above(min_score) for one in found)
         written = picture_name(name)
@@ -328,7 +334,7 @@ def add_films(
                 write_json(kept, describe_files(found, name, folder, place))
             results["films"].append(read_json(kept))
         except (FileNotFoundError, ValueError) as error:
-            results["skipped"].append({"file_name": name, "reason": str(error)})
+            results["skipped"].append({"file_name": name, "reason": writable(str(error))})
 
 # %% ../../nbs/77_deploy.predict.ipynb #08ead209
 def count_text(
@@ -444,12 +450,14 @@ def predict(
     announce(files, tiling, large)
     if finished: print("finished already")
     else:
-        write_json(folder / "settings.json", description)
-        photographs = [file for file in files if not is_film(file)]
-        results = make_results(predictor, photographs, root, folder, settings.min_score, tiling, large)
-        add_films(results, predictor, films, root, folder, settings.min_score, tiling)
-        write_json(folder / "results.json", results)
-        for name in ("tiles", "done"): shutil.rmtree(folder / name, ignore_errors=True)
+        with lock_run_folder(folder):
+            if not is_finished(folder, description):  # by another process
+                write_json(folder / "settings.json", description)
+                photographs = [file for file in files if not is_film(file)]
+                results = make_results(predictor, photographs, root, folder, settings.min_score, tiling, large)
+                add_films(results, predictor, films, root, folder, settings.min_score, tiling)
+                write_json(folder / "results.json", results)
+                for name in ("tiles", "done"): shutil.rmtree(folder / name, ignore_errors=True)
     print(results_text(folder))
     if len(read_json(folder / "results.json")["skipped"]) == len(files):
         raise ValueError(f"images: no file of {settings.images} could be read, for the reasons above: give others")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Picture', 'BATCH_SIZE', 'array_photograph', 'tensor_photograph', 'pillow_photograph', 'as_photograph',
-           'annotated_figure', 'to_jpeg', 'Prediction', 'read_photograph', 'detect_photographs', 'checked_device',
-           'prepare_detector', 'set_pad', 'open_with', 'read_or_error', 'is_one_picture', 'predict_batch',
-           'without_errors', 'Predictor']
+           'annotated_figure', 'to_jpeg', 'boxes_text', 'Prediction', 'read_photograph', 'detect_photographs',
+           'checked_device', 'prepare_detector', 'set_pad', 'open_with', 'read_or_error', 'is_one_picture',
+           'predict_batch', 'without_errors', 'Predictor']
 
 # %% ../../nbs/76_deploy.predictor.ipynb #02ef5ccd
 import io
@@ -108,6 +108,16 @@ def to_jpeg(
     figure.savefig(drawn, format="jpeg", dpi=dpi, pil_kwargs={"quality": 90})
     return drawn.getvalue()
 
+# %% ../../nbs/76_deploy.predictor.ipynb #7d56b25d
+def boxes_text(
+    names: list[str],  # of classes
+    scores: list[float],
+) -> str:
+    "Count boxes, and those of a score that is shown in pictures, and list the best."
+    if not scores: return "0 boxes"
+    best, shown = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)], SHOWN_SCORE
+    return f"{len(best)} boxes, {sum(s >= shown for s in scores)} of score {shown} or more: {shorten(tuple(best))}"
+
 # %% ../../nbs/76_deploy.predictor.ipynb #a0ba2d5d
 class Prediction(dict):
     "Detections, best first: `boxes` (M×4, xyxy, in the upright picture's pixels), `scores`, `labels`, `names`."
@@ -123,10 +133,7 @@ class Prediction(dict):
         self.image, self.size, self.config = image, size, config
 
     def __repr__(self) -> str:
-        best = [f"{name} {score:.2f}" for name, score in zip(self["names"], self["scores"].tolist(), strict=True)]
-        sure = int((self["scores"] >= SHOWN_SCORE).sum())
-        if not best: return "Prediction: 0 boxes"
-        return f"Prediction: {len(best)} boxes, {sure} of score {SHOWN_SCORE} or more: {shorten(tuple(best))}"
+        return f"Prediction: {boxes_text(self['names'], self['scores'].tolist())}"
 
     def above(self, min_score: float) -> "Prediction":
         "Leave out detections of lower score."

@@ -49,9 +49,12 @@ class _Matches(NamedTuple):
     objects: np.ndarray  # number of objects in each image
 
 
-def _match_classes(truth: ultrafast.COCO, results: list[dict] | str | os.PathLike, most: int) -> list[_Matches]:
+def _match_classes(
+    truth: ultrafast.COCO, results: list[dict] | str | os.PathLike, most: int, limit: int = 100
+) -> list[_Matches]:
     "Match the detections of each class that has objects; `most` is how often an image is drawn at most."
     evaluation = make_evaluator(truth, results)
+    evaluation.params.maxDets = [1, 10, limit]
     evaluation.params.areaRng, evaluation.store_eval_imgs = evaluation.params.areaRng[:1], True
     with contextlib.redirect_stdout(io.StringIO()): evaluation.evaluate()
     images, classes = len(truth.imgs), []
@@ -89,6 +92,7 @@ def bootstrap(
     results: Sequence[list[dict] | str | os.PathLike],  # of each model, as for `evaluate_coco`
     samples: int = 1000,  # sets of images
     seed: int = 0,  # of the draw
+    limit: int = 100,  # detections of an image that count
 ) -> np.ndarray:  # AP in percent, samples×models; nan where a sample has no object to find
     """Compute the AP of every model on the same sets of images, each as many as there are, drawn with replacement.
 
@@ -99,7 +103,7 @@ def bootstrap(
     images = len(truth.imgs)
     drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=samples).T
     parts = np.array_split(drawn.astype(float), samples // 100 + 1, axis=1)  # what fits a processor's cache
-    matches = [_match_classes(truth, result, int(drawn.max())) for result in results]
+    matches = [_match_classes(truth, result, int(drawn.max()), limit) for result in results]
     return np.array([np.concatenate([_weighted_ap(classes, part) for part in parts]) for classes in matches]).T
 
 # %% ../../nbs/46_evaluation.bootstrap.ipynb #defe07af

@@ -57,6 +57,7 @@ def evaluate_model(
         "classes_AP50": per_class_ap(evaluation, 0.5),
         "seconds_per_image": seconds,
         "images": len(images),
+        "limit": limit,
     }
     in_full = images.decoded_for(None)  # detections are in the pixels of the whole photographs
     pixels = dict(zip(images.image_ids, images.sizes.prod(axis=1).tolist(), strict=True))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 from tqdm import tqdm
 
-from ..data.images import CocoImages, as_pixels, read_image, resize, resized_size
+from ..data.images import CocoImages, as_pixels, read_image_and_size, resize, resized_size
 from ..data.loaders import batches, eval_loader
 from ..data.transforms import EvalTransform
 from ..data.windows import open_windows
@@ -118,10 +118,10 @@ def detect_dataset_tiled(
                     bar.update()
             found = merge_tiles(tiles, grids[index])
         else:
-            photograph = read_image(path)
-            if [photograph.height, photograph.width] != images.sizes[index].tolist():
-                raise ValueError(other_size(images, index))
+            photograph, size = read_image_and_size(path, at_least=images.decode_for)
+            if list(size) != images.sizes[index].tolist(): raise ValueError(other_size(images, index))
             found, = detect_in([photograph])
+            found = scale_back(found, (photograph.height, photograph.width), size)
             bar.update()
         seconds.append(time.perf_counter() - start)
         results[index] = to_coco([found], [images.image_ids[index]], images.category_ids)

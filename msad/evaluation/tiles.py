@@ -31,7 +31,8 @@ def check_tile(
     whole = isinstance(tile, int) and not isinstance(tile, bool) and tile >= 0
     if not whole and tile != "auto":
         raise ValueError(f'tile is {tile!r:.60}: choose "auto", the pixels of a tile\'s side, or 0 for no tiles')
-    if overlap is None or tile == 0: return
+    if overlap is None: return
+    if tile == 0: raise ValueError(f'overlap is {overlap} and there are no tiles: leave it out, or choose tile "auto"')
     if isinstance(tile, int) and overlap > tile // 2:
         raise ValueError(f"overlap is {overlap} and tile {tile}: choose at most half of the tile, {tile // 2}")
 

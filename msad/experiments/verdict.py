@@ -156,8 +156,9 @@ def judge(rows: Sequence[dict], student: str, photographs: int) -> Verdict | Non
     "Decide between a student and the two undistilled ones; none where they share no seed."
     gains = {other: gain_over(rows, student, other, photographs) for other in (UNDISTILLED, ALONE)}
     if not all(gains.values()): return None
-    best = min(gains, key=lambda other: gains[other].mean)
-    if gains[best].high < 0: return Verdict(best, student, best, gains[best])
+    worse = {other: gain for other, gain in gains.items() if gain.high < 0}
+    best = min(worse or gains, key=lambda other: gains[other].mean)
+    if worse: return Verdict(best, student, best, gains[best])
     unsure = [other for other in (best, *gains) if gains[other].low <= 0]
     if unsure: return Verdict(None, student, unsure[0], gains[unsure[0]])
     return Verdict(student, student, best, gains[best])

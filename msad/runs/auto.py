@@ -9,7 +9,10 @@ __all__ = ['MIN_BOXES', 'PIXELS', 'MIN_CELLS', 'MAX_LOST', 'PUBLISHED_IMAGES', '
            'iterations_in']
 
 # %% ../../nbs/61_runs.auto.ipynb #f9741558
+import math
 import time
+from bisect import bisect_right
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -232,10 +235,13 @@ def iterations_in(
     seconds: Seconds,
     recipe: Recipe,
     count: int,  # validation photographs
+    eval_every: int | None = None,  # iterations between evaluations; none: as `auto_intervals` says
 ) -> int:
     "Compute how many iterations fit into a time, with their evaluations; at least one."
-    per_image = recipe.batch_size * seconds.image / (10 * seconds.step)  # evaluations look at a tenth as many images
-    left = max(0.0, 60 * minutes - RESERVE)
-    fitting = int(left / seconds.step / (1 + per_image))
-    most = int((left - 10 * count * seconds.image) / seconds.step)  # where there are ten
-    return max(1, fitting, most)
+    left = 60 * minutes - RESERVE
+
+    def needed(iterations):
+        every = eval_every or auto_intervals(replace(recipe, iterations=iterations), count)[0]
+        return iterations * seconds.step + math.ceil(iterations / every) * count * seconds.image
+
+    return max(1, bisect_right(range(1, max(1, int(left / seconds.step) + 1)), left, key=needed))

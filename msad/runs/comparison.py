@@ -114,7 +114,8 @@ def compare(
     labels, groups = run_labels(summaries), same_but_seed(runs)
     single = [group[0] for group in groups if len(group) == 1]
     results = [read_json(summaries[number].folder / "detections.json") for number in single]
-    samples = bootstrap(annotations, results) if single else np.empty((1, 0))
+    limit = max(summary.limit for summary in summaries)
+    samples = bootstrap(annotations, results, limit=limit) if single else np.empty((1, 0))
     intervals = dict(zip(single, interval_95(samples).T.tolist(), strict=True))
     compared, drawn = [], dict.fromkeys(ROLES, 0)
     for first, *others in groups:

@@ -245,8 +245,8 @@ def plot_precision_recall(
     for runs in compared:
         curves = []
         for run in runs.runs:
-            evaluation = run_coco_eval(annotations, run.folder / "detections.json")
-            precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU × recall × class; all sizes, 100 an image
+            evaluation = run_coco_eval(annotations, run.folder / "detections.json", run.limit)
+            precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU × recall × class; all sizes
             curves.append(precision[:, :, (precision > -1).all(axis=(0, 1))].mean(axis=2))
         style = dict(color=runs.style.color, ls=runs.style.line, marker=runs.style.marker)
         for iou, lw, ms in ((0.5, 2.2, 5), (0.75, 0.9, 3)):

@@ -93,6 +93,8 @@ def read_defaults(
     for name in defaults:
         if name not in known: raise ValueError(f"{data}/msad.json: {unknown_name(name, known)}")
     defaults = {name: value for name, value in defaults.items() if value is not None}
+    beside = Path(data) / str(defaults.get("recipe"))
+    if beside.suffix == ".json" and beside.is_file(): defaults["recipe"] = str(beside)
     try: TrainSettings(role="student", **defaults)
     except ValueError as error: raise ValueError(f"{data}/msad.json: {error}") from None
     return defaults
@@ -543,7 +545,7 @@ def fit_minutes(
         if plan.config.all_widths:  # the others are evaluated at the end
             others = len(backbone_family(plan.config.backbone).widths) - 1
             minutes = max(minutes / 2, minutes - others * len(plan.val_images) * seconds.image / 60)
-        iterations = iterations_in(minutes, seconds, recipe, len(plan.val_images))
+        iterations = iterations_in(minutes, seconds, recipe, len(plan.val_images), settings.eval_every)
         reason = f"at {seconds.step:.2f} s each, with evaluations, {minutes:.3g} minutes"
     recipe = resolve_recipe(settings, plan.base, plan.images, plan.processes, iterations)
     return replace(plan, recipe=recipe, reasons=plan.reasons | {"iterations": reason})

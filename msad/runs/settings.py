@@ -16,7 +16,7 @@ from typing import TypeVar, get_args, get_origin
 
 from ..data.annotations import is_finite, quoted
 from ..data.files import read_json
-from ..data.layouts import SplitPath, find_splits
+from ..data.layouts import VAL, SplitPath, find_layout, find_splits, split_word
 from ..engine.distributed import is_launched, resolve_device
 from ..engine.recipe import LARGEST, SMALL, Recipe, unknown_name
 from ..models.backbone import BACKBONES, backbone_family
@@ -304,13 +304,18 @@ def explicit_paths(
              for kind in ("annotations", "images")}
     return {name: path and str(Path(path).expanduser().resolve()) for name, path in given.items()}
 
-
+# %% ../../nbs/62_runs.settings.ipynb #07d55928
 def val_path(
     settings: object,  # has `data`, `val_split`, `val_annotations` and `val_images`
 ) -> SplitPath:
-    "Find the split to evaluate on, as `split_paths` does. Raises FileNotFoundError or ValueError."
+    """Find the split to evaluate on, as `split_paths` does; a test set alone is taken whole.
+
+    Raises FileNotFoundError or ValueError.
+    """
     root, name, file = data_folder(settings.data), settings.val_split, settings.val_annotations
     if name or file: return SplitPath(root, name or Path(file).stem, file, settings.val_images)
+    names = list(find_layout(root).sources)
+    if len(names) == 1 and split_word(names[0]) in VAL: return SplitPath(root, names[0], None, settings.val_images)
     return find_splits(root, val_images=settings.val_images)[1]
 
 # %% ../../nbs/62_runs.settings.ipynb #9939af2a

@@ -33,6 +33,7 @@ class RunSummary:
     classes: dict[str, float]  # AP of each class in percent, nan where there is none
     classes_ap50: dict[str, float]  # AP50 of each class, likewise
     seconds_per_image: float  # nan where there is none
+    limit: int = 100  # detections of an image that count
 
     @property
     def backbone_capacity(self) -> float:
@@ -59,6 +60,7 @@ def read_run(
         {name: _or_nan(metrics.get(name)) for name in METRICS},
         *({name: _or_nan(ap) for name, ap in metrics.get(of, {}).items()} for of in ("classes", "classes_AP50")),
         _or_nan(metrics.get("seconds_per_image")),
+        metrics.get("limit", 100),
     )
 
 
