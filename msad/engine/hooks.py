@@ -42,28 +42,28 @@ class Hook:
     "The moments of a training. A hook overrides those it needs."
 
     def before_training(self, trainer: Training) -> None:
-        "Called once, when `trainer.iteration` updates are done already (0, or those of the checkpoint)."
+        "Begin, once, when `trainer.iteration` updates are done already (0, or those of the checkpoint)."
 
     def before_step(self, trainer: Training) -> None:
-        "Called before each update."
+        "Do something before each update."
 
     def after_step(self, trainer: Training) -> None:
-        "Called after each update; `trainer.losses` are tensors that may still be on their way."
+        "Do something after each update; `trainer.losses` are tensors that may still be on their way."
 
     def after_log(self, trainer: Training, row: dict) -> None:
-        "Called with the losses of each iteration as numbers; on a GPU for 20 iterations in a row, when they are read."
+        "Take the losses of each iteration as numbers; on a GPU for 20 iterations in a row, when they are read."
 
     def before_checkpoint(self, trainer: Training) -> None:
-        "Called before a checkpoint is written."
+        "Do something before a checkpoint is written."
 
     def before_evaluation(self, trainer: Training) -> None:
-        "Called before the model is evaluated."
+        "Do something before the model is evaluated."
 
     def after_evaluation(self, trainer: Training, metrics: dict, figure: Figure | None) -> None:
-        "Called with the metrics by name, and a picture of some detections."
+        "Take the metrics by name, and a picture of some detections."
 
     def after_training(self, trainer: Training) -> None:
-        "Called at the end, also after an error."
+        "End, also after an error."
 
 # %% ../../nbs/36_engine.hooks.ipynb #2c53c364
 @contextmanager

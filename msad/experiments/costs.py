@@ -164,13 +164,14 @@ def plot_costs(
     figure, axes = plt.subplots(figsize=(7, 4), dpi=80, layout="constrained")
     front = [point for point in points if point.on_front]
     axes.plot([1000 * p.cost.onnx_seconds for p in front], [p.metrics["AP"] for p in front], color="C0", lw=1)
-    for point in points:
+    for number, point in enumerate(sorted(points, key=lambda point: point.cost.onnx_seconds)):
         at = 1000 * point.cost.onnx_seconds, point.metrics["AP"]
         fill = {} if SHAPES[point.name].changes["weights"] else {"mfc": "white"}
         axes.plot(*at, "o", color="C0" if point.on_front else "0.6", **fill)
         word = f" ({sizes[point.name]})" if point.name in sizes else ""
-        axes.annotate(point.name + word, at, (5, -9), textcoords="offset points", fontsize=7)
+        axes.annotate(point.name + word, at, (5, -9 if number % 2 else 5), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", xlabel="milliseconds an image, ONNX Runtime", ylabel="AP (%)")
+    for kind in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter): kind("{x:g}")
     axes.margins(x=0.2)
     return figure
 

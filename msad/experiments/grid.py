@@ -59,7 +59,7 @@ def grid_table(rows: Sequence[dict]) -> Table:
     strides = sorted({view.stride for view in VIEWS.values()})
     for pixels, way in dict.fromkeys((view.pixels, view.way) for view in VIEWS.values()):
         table.append([f"{pixels} px", way, *(cell_text(aps, View(pixels, stride, way)) for stride in strides)])
-    return Table(["test size", "learns", *(f"AP at stride {stride}" for stride in strides)], table, texts=2)
+    return Table(["short side seen", "learns", *(f"AP at stride {stride}" for stride in strides)], table, texts=2)
 
 # %% ../../nbs/93_experiments.grid.ipynb #926a5b13
 def pairs_of(kind: str) -> list[tuple[View, View]]:
@@ -112,6 +112,7 @@ def plot_grid(results: dict[str, Sequence[dict]]) -> Figure:  # a panel for each
         aps = {view: np.mean(list(values.values())) for view, values in aps_of(rows).items()}
         for pixels, way in dict.fromkeys((view.pixels, view.way) for view in VIEWS.values()):
             points = sorted((view.cells, ap) for view, ap in aps.items() if (view.pixels, view.way) == (pixels, way))
+            if not points: continue
             look = dict(marker=MARKERS[way], color=COLORS[pixels], ls="-" if way == "alone" else "none")
             ax.plot(*np.array(points).reshape(-1, 2).T, **look, label=f"{pixels} px, {way}")
         ax.set_xscale("log", base=2)
@@ -134,4 +135,5 @@ def missing_text(
     done = {(row["name"], row["seed"]) for row in rows}
     missing = [f"{name} (seed {seed})" for seed in range(seeds) for name in GRIDS if (name, seed) not in done]
     if not missing: return f"all {seeds * len(GRIDS)} runs are there"
-    return f"{len(missing)} runs are missing: {'; '.join(missing)}. This does them: {COMMAND}"
+    runs = "1 run is" if len(missing) == 1 else f"{len(missing)} runs are"
+    return f"{runs} missing: {'; '.join(missing)}. This does what is missing: {COMMAND}"

@@ -231,9 +231,12 @@ def recovered_lead(rows: Sequence[dict], student: str, photographs: int) -> Gain
 def recovered_text(rows: Sequence[dict], student: str, photographs: int) -> str:
     "Say how much of the teacher's lead a student recovers."
     gain = recovered_lead(rows, student, photographs)
-    if gain is None: return f"The teacher leads the undistilled one by less than {LEAST_LEAD:g} AP: hardly a lead."
     seeds = common_seeds(rows, TEACHER, UNDISTILLED, student)
-    lead = number(paired([row for row in rows if row["seed"] in seeds], TEACHER, UNDISTILLED, "AP").mean())
+    leads = paired([row for row in rows if row["seed"] in seeds], TEACHER, UNDISTILLED, "AP")
+    lead = number(leads.mean()) if seeds else None
+    if gain is None and lead and leads.mean() <= 0:
+        return f"The teacher is {number(-leads.mean())} AP behind the undistilled one: there is no lead to recover."
+    if gain is None: return f"The teacher leads the undistilled one by less than {LEAST_LEAD:g} AP: hardly a lead."
     low, high = (f"{100 * end:.0f} %".replace("-", "−") for end in (gain.low, gain.high))
     of = "for other photographs alone" if gain.seeds == 1 else count_text(gain.seeds, "seed")
     share = f"{100 * gain.mean:.0f} %".replace("-", "−")
@@ -274,5 +277,7 @@ def plot_comparison(rows: Sequence[dict], student: str, photographs: int) -> Fig
         ax.plot([gain.mean] * 2, [place - 0.25, place + 0.25], color=color, lw=2)
     ax.axvline(0, color="0.5", lw=0.8, ls="--")
     ax.set_yticks(range(len(pairs)), [" − ".join(detector_title(name, student) for name in pair) for pair in pairs])
+    ax.use_sticky_edges = False  # a bar that ends at the frame would look cut
+    ax.margins(x=0.05)
     ax.set(xlabel="difference of AP: seeds (dots), mean (line), 95 % interval (bar)")
     return fig

@@ -31,7 +31,7 @@ def level_strides(
 def level_ranges(
     count: int = 5,  # levels
 ) -> tuple[tuple[float, float], ...]:  # pixels of the high view
-    "List the smallest and largest distance that each level is responsible for: 4 to 8 strides, the ends open."
+    "List each level's smallest and largest distance: 4 to 8 strides; the first and last have no limit at their ends."
     limits = [-1, *(8 * stride for stride in level_strides(count)[:-1]), 1e8]
     return tuple(pairwise(limits))
 
