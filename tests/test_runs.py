@@ -559,7 +559,8 @@ def test_programs_refuse_with_a_sentence(program, tmp_path, monkeypatch):
 
 def test_splits_with_other_categories(coco, tmp_path):
     write_coco(coco, "val2017", ids=(7, 91))
-    with pytest.raises(ValueError, match="val_split: .*other categories"):
+    message = "val_split: .* has the categories 7 pine, 91 oak and .* has 7 pine, 90 oak; give both"
+    with pytest.raises(ValueError, match=message):
         prepare(teacher_settings(coco, tmp_path / "run"))
 
 

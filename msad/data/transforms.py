@@ -168,7 +168,7 @@ def vary(
     size = resized_size(*size, short_side, transform.max_side)
     image, boxes = _resize(image, boxes, tuple(max(1, round(side * scale)) for side in size))
     image, boxes = flip(image, boxes, transpose, vertical, horizontal)
-    if window: image, boxes, labels = crop_or_pad(image, boxes, labels, window[::-1] if transpose else window)
+    if window: image, boxes, labels = crop_or_pad(image, boxes, labels, window)
     if p := transform.variety.photometric: image = v2.RandomPhotometricDistort(p=p)(image)
     return image, boxes, labels
 
