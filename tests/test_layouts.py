@@ -477,6 +477,7 @@ def test_bad_labels(yolo, line, message):
     ("names: [a, b\ntrain: x", "data.yaml is not valid YAML"),
     ("names: cells\ntrain: images/train", "data.yaml: 'names' is 'cells': list the classes"),
     ("names: [a, b]\nnc: 3\ntrain: images/train", "data.yaml: 'nc' is 3 and 'names' has 2 classes"),
+    ("names: [a, b, c]\nkpt_shape: many\ntrain: images/train", "data.yaml: 'kpt_shape' is 'many': write the number"),
     ("names: [a, b, c]\ntrain: images/nowhere", "data.yaml: 'train' is 'images/nowhere', and .* does not exist"),
     ("names: [a, b, c]\ntrain: labels", "data.yaml: 'train' has no images"),
 ])

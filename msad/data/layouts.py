@@ -6,11 +6,11 @@
 __all__ = ['TURNS', 'TRAIN', 'VAL', 'LAYOUTS', 'REST', 'HELD_OUT', 'Split', 'plain_name', 'files_below', 'locate', 'make_split',
            'read_orientation', 'image_size', 'folders_in', 'roboflow_files', 'instances_files', 'cvat_files',
            'json_files', 'holds_coco', 'split_word', 'image_folder', 'read_coco', 'read_yaml', 'yolo_files',
-           'yolo_places', 'yolo_classes', 'read_lines', 'yolo_images', 'label_file', 'find_labels', 'read_label_file',
-           'read_yolo', 'coco_dataset', 'voc_files', 'listed_stems', 'VocFile', 'read_voc_file', 'read_voc_folder',
-           'first_pixel', 'coco_box', 'read_voc', 'Layout', 'find_layout', 'groups_of_copies', 'part_of',
-           'without_classes', 'hold_out', 'SplitPath', 'read_split', 'read_splits', 'pick', 'only', 'find_splits',
-           'shares_of', 'read_unlabelled']
+           'yolo_places', 'yolo_classes', 'read_lines', 'yolo_images', 'label_file', 'find_labels', 'yolo_keypoints',
+           'read_label_file', 'read_yolo', 'coco_dataset', 'voc_files', 'listed_stems', 'VocFile', 'read_voc_file',
+           'read_voc_folder', 'first_pixel', 'coco_box', 'read_voc', 'Layout', 'find_layout', 'groups_of_copies',
+           'part_of', 'without_classes', 'hold_out', 'SplitPath', 'read_split', 'read_splits', 'pick', 'only',
+           'find_splits', 'shares_of', 'read_unlabelled']
 
 # %% ../../nbs/22_data.layouts.ipynb #c9ce49b0
 import math
@@ -315,6 +315,13 @@ def find_labels(
     return found
 
 # %% ../../nbs/22_data.layouts.ipynb #52b8fe37
+def yolo_keypoints(file: Path, content: dict) -> int:
+    "Count the numbers of the key points that follow each box: 0 where there are none."
+    shape = content.get("kpt_shape", [0])
+    if isinstance(shape, list) and all(isinstance(count, int) for count in shape): return math.prod(shape)
+    raise ValueError(f"{file}: 'kpt_shape' is {shape!r}: write the number of key points and of numbers of each.")
+
+
 # Writers round, so a number may be a thousandth too large.
 _ROUNDED = 1e-3
 
@@ -365,7 +372,7 @@ def read_yolo(
     if not any(file.is_file() for file in labels.values()):
         raise FileNotFoundError(f"{file}: no image of '{name}' has labels, such as {label_file(paths[0])}: add them.")
     with ThreadPoolExecutor() as pool: sizes = list(pool.map(image_size, paths))
-    entries, annotations, keypoints = [], [], math.prod(content.get("kpt_shape", [0]))
+    entries, annotations, keypoints = [], [], yolo_keypoints(file, content)
     for number, (path, size) in enumerate(zip(paths, sizes, strict=True), 1):
         place = path.relative_to(root) if path.is_relative_to(root) else path.resolve()
         entries.append({"id": number, "file_name": str(place), "height": size[0], "width": size[1]})
