@@ -314,14 +314,14 @@ def find_labels(
             found[image] = others[0] if len(others) == 1 else file
     return found
 
-# %% ../../nbs/22_data.layouts.ipynb #52b8fe37
+# %% ../../nbs/22_data.layouts.ipynb #ec13efc1
 def yolo_keypoints(file: Path, content: dict) -> int:
     "Count the numbers of the key points that follow each box: 0 where there are none."
     shape = content.get("kpt_shape", [0])
     if isinstance(shape, list) and all(isinstance(count, int) for count in shape): return math.prod(shape)
     raise ValueError(f"{file}: 'kpt_shape' is {shape!r}: write the number of key points and of numbers of each.")
 
-
+# %% ../../nbs/22_data.layouts.ipynb #52b8fe37
 # Writers round, so a number may be a thousandth too large.
 _ROUNDED = 1e-3
 
