@@ -161,7 +161,7 @@ def test_any_number_of_processes_learns_the_same(place, tmp_path, role):
     assert largest_difference(alone, {name: began[name] for name in alone}) > 0.01
     for how in ((2,), (3, 2)) if role == "teacher" else ((2, 3),):
         theirs, their_losses = learned(*how)
-        assert their_losses == pytest.approx(losses, rel=1e-13)
+        assert their_losses == pytest.approx(losses, rel=1e-12)  # rounding of float64 grows to 5e-13 on some processors
         assert largest_difference(alone, theirs) < 1e-12
 
 
