@@ -458,6 +458,7 @@ def predict(
                 add_films(results, predictor, films, root, folder, settings.min_score, tiling)
                 write_json(folder / "results.json", results)
                 for name in ("tiles", "done"): shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / ".lock").unlink(missing_ok=True)  # who still waits for it finds the results
     print(results_text(folder))
     if len(read_json(folder / "results.json")["skipped"]) == len(files):
         raise ValueError(f"images: no file of {settings.images} could be read, for the reasons above: give others")
