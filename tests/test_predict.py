@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from filelock import FileLock
 from golden.golden import load_case
 from PIL import Image
 from test_notebooks import papermill, texts
@@ -313,21 +313,24 @@ def test_a_folder(album, place, student, capsys):
 
 
 def test_two_predictions_into_one_folder_wait_for_each_other(album, place, tmp_path):
-    given = ["--images", str(album), "--model", str(place / "student.pth"), "--out", str(tmp_path / "out")]
+    out = tmp_path / "out"
+    out.mkdir()
+    given = ["--images", str(album), "--model", str(place / "student.pth"), "--out", str(out)]
     command = [sys.executable, "-c", "from msad.cli import main; main()", "predict", *given]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    counts = [re.search(r"3 photographs: .*", text)[0] for text in printed]
-    assert counts[0] == counts[1] and (tmp_path / "out/results.json").is_file()
+    with FileLock(out / ".lock"):  # as the other one does
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert any("another process works in" in line for line in process.stdout)
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    assert "3 photographs: " in process.communicate(timeout=120)[0] and process.returncode == 0
+    assert sorted(path.name for path in out.iterdir()) == ["pictures", "results.json", "settings.json"]
 
 
 def test_a_folder_whose_name_is_no_text(album, place, tmp_path):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     album.rename(folder)
     out = predict(settings(folder, place, tmp_path / "out"))
-    assert "3 in " not in json.loads((out / "settings.json").read_text())["images"]
-    assert "\\udcff" in json.loads((out / "settings.json").read_text())["images"]
+    assert json.loads((out / "settings.json").read_text())["images"] == f"6 in {tmp_path}/\\udcff"
+    assert all("\\udcff" in skipped["reason"] for skipped in json.loads((out / "results.json").read_text())["skipped"])
 
 
 def test_nothing_found_names_the_score(album, place, tmp_path, capsys):

@@ -233,10 +233,10 @@ def recovered_text(rows: Sequence[dict], student: str, photographs: int) -> str:
     gain = recovered_lead(rows, student, photographs)
     seeds = common_seeds(rows, TEACHER, UNDISTILLED, student)
     leads = paired([row for row in rows if row["seed"] in seeds], TEACHER, UNDISTILLED, "AP")
-    lead = number(leads.mean()) if seeds else None
-    if gain is None and lead and leads.mean() <= 0:
+    if gain is None and seeds and leads.mean() <= 0:
         return f"The teacher is {number(-leads.mean())} AP behind the undistilled one: there is no lead to recover."
     if gain is None: return f"The teacher leads the undistilled one by less than {LEAST_LEAD:g} AP: hardly a lead."
+    lead = number(leads.mean())
     low, high = (f"{100 * end:.0f} %".replace("-", "−") for end in (gain.low, gain.high))
     of = "for other photographs alone" if gain.seeds == 1 else count_text(gain.seeds, "seed")
     share = f"{100 * gain.mean:.0f} %".replace("-", "−")
